@@ -1,0 +1,111 @@
+// Package punch finds and keeps the best path between two hosts behind NATs.
+//
+// It is protocol without I/O: bytes leave through Config.Send and arrive
+// through Agent.Receive, so the same code runs over WireGuard's own socket, over
+// a plain net.PacketConn, and inside a simulated network with a fake clock.
+//
+// NAT traversal takes five steps, and each has its place here:
+//
+//  1. Discover: Binding requests to the servers (gather.go) tell the
+//     server-reflexive candidates; the host candidates come from SetLocal.
+//  2. Exchange: candidates travel as Config.OnCandidates (published) and in
+//     sealed signals (signal.go).
+//  3. Initiate: openers, a call, then checks on every candidate pair (check.go).
+//  4. Respond: a call is answered with openers, "opened", and checks at once;
+//     an authenticated check from a new address is a peer-reflexive candidate.
+//  5. Keep alive: consent, liveness and the choice of the path (path.go).
+package punch
+
+import (
+	"log/slog"
+	"net/netip"
+	"time"
+)
+
+// Key is a WireGuard public key; it names a peer.
+type Key [32]byte
+
+// Nonce is published by a node. A check towards it carries a user name derived
+// from it, so that the receiver finds the sender by one map look-up.
+type Nonce [16]byte
+
+// CandidateType says how a candidate was found (RFC 8445 section 5.1.1).
+type CandidateType uint8
+
+// The zero CandidateType is invalid.
+const (
+	Host            CandidateType = iota + 1 // an address of a local interface
+	ServerReflexive                          // seen by a STUN server
+	PeerReflexive                            // seen by the peer in a check
+	PortMapped                               // obtained from the router
+)
+
+// MaxCandidates is how many candidates one peer may have. A longer list is
+// refused whole.
+const MaxCandidates = 16
+
+// Candidate is a transport address where a node may be reached. Token is the
+// server's proof that it saw the address (server-reflexive only); it travels to
+// the coordination server, not to peers.
+type Candidate struct {
+	Addr  netip.AddrPort
+	Type  CandidateType
+	Token []byte
+}
+
+// Server is a STUN server. With a Username, requests carry MESSAGE-INTEGRITY
+// under Key, and answers without it are dropped.
+type Server struct {
+	Addr     netip.AddrPort
+	Username []byte
+	Key      []byte
+}
+
+// Peer is what the netmap says of a peer. Online peers are connected to
+// eagerly, others only on Demand.
+type Peer struct {
+	Key        Key
+	Nonce      Nonce
+	Online     bool
+	Candidates []Candidate
+}
+
+// Path is a valid pair: Addr answered an authenticated check. The zero Addr
+// means that there is no path.
+type Path struct {
+	Peer Key
+	Addr netip.AddrPort
+	Type CandidateType // of the remote candidate
+	RTT  time.Duration // smoothed
+}
+
+// Activity is what the data plane saw of a peer: counts of packets sent to it
+// and authenticated packets received from it since the program started.
+type Activity struct {
+	Sent, Received uint64
+}
+
+// Config tells an Agent what it needs. Send, Signal and the On functions are
+// called without locks held; none of them may block.
+type Config struct {
+	PrivateKey [32]byte // X25519, the node's WireGuard key
+	Mesh       [32]byte // trust hash; separates the keys of meshes
+	Nonces     [2]Nonce // ours: current and previous; checks to either are ours
+
+	// Send sends a datagram from the node's UDP port. ttl 0 means the default.
+	Send func(b []byte, to netip.AddrPort, ttl int) error
+	// Signal carries a sealed message to a peer through a relay or the server.
+	// An error means that there is no way now; the agent goes on without.
+	Signal func(to Key, sealed []byte) error
+	// OnPath is called at every change of a peer's path, in order.
+	OnPath func(Path)
+	// OnCandidates is called when the own candidates changed.
+	OnCandidates func([]Candidate)
+	// Activity reports a peer's counters; nil: always zero.
+	Activity func(Key) Activity
+	// Forbidden says that an address must never be probed (mesh prefixes, the
+	// server's address-and-port pairs). nil: only the built-in rules hold.
+	Forbidden func(netip.AddrPort) bool
+
+	Log *slog.Logger // nil: silent
+}

@@ -1,0 +1,67 @@
+// Package tun is everything that touches the operating system and
+// wireguard-go: the TUN device, the UDP sockets (Bind), the UAPI socket, peers
+// and endpoints through wgctrl, addresses, routes and link events through
+// netlink.
+//
+//	kernel route ─ TUN ─ wireguard-go seals ─ Bind.Send ─ UDP socket
+//	UDP socket ─ Bind ┬ STUN-shaped: Config.Receive, never wireguard-go
+//	                  └ WireGuard: opens ─ TUN
+//
+// A first byte of 0x80 and above is reserved for frames of our own (relay and
+// fragment headers); today such datagrams are dropped.
+package tun
+
+import (
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// Key is a WireGuard public key.
+type Key = wgtypes.Key
+
+// Config describes one interface. Name, PrivateKey and MTU are required.
+type Config struct {
+	Name       string
+	PrivateKey wgtypes.Key
+	Port       uint16 // UDP, both families; taken means an error
+	MTU        int
+	Addrs      []netip.Prefix // addresses of the interface
+	Routes     []netip.Prefix // routed into the interface
+	// Mesh are the overlay's prefixes. Endpoints inside them are handles: the
+	// Bind drops what is sent there and calls Demand.
+	Mesh []netip.Prefix
+	// Offloads switches parts of the data path off: "-gso", "-gro", "-tso",
+	// comma-separated; empty means all on.
+	Offloads string
+
+	// Receive gets every STUN-shaped datagram, in the receiving goroutine; b is
+	// valid during the call. It must not call back into the Device.
+	Receive func(b []byte, from netip.AddrPort)
+	// Demand is told when packets wait for a peer without a path, or are sent
+	// to a peer after a second of silence. It must not block.
+	Demand func(Key)
+
+	Log *slog.Logger // nil: silent
+}
+
+// Peer is a peer as the netmap wants it.
+type Peer struct {
+	Key        Key
+	AllowedIPs []netip.Prefix // exactly the peer's overlay addresses
+	Handle     netip.Addr     // the peer's overlay IPv6: base of its handles
+	Keepalive  time.Duration
+	// Initiate says that this side starts handshakes; the other side's own
+	// initiations are held back for a moment (see Bind).
+	Initiate bool
+}
+
+// Stats is what wireguard-go counts for a peer.
+type Stats struct {
+	Endpoint      netip.AddrPort
+	RxBytes       int64
+	TxBytes       int64
+	LastHandshake time.Time // zero: never
+}

@@ -7,7 +7,8 @@
 //	D device     ── signs ── NodeCert, Record, its own Revocation
 //
 // The coordination server holds none of these keys, so it can refuse service
-// but can neither add a node nor move an address or a name.
+// but can neither add a node nor move an address or a name. It only attests the
+// time at which it saw a certificate, with its TLS key.
 package trust
 
 import (
@@ -15,39 +16,76 @@ import (
 	"time"
 )
 
-// Key is an Ed25519 or X25519 public key.
+// Key is an Ed25519 or X25519 public key. The zero Key names nobody.
 type Key [32]byte
 
-// Hash is a SHA-256.
+// Hash is a SHA-256. The zero Hash means that there is none.
 type Hash [32]byte
 
 // Document is a signed document: exactly the bytes that were signed, and the
 // signatures. It is stored and forwarded as it is, never serialised again.
+//
+//	 0      1         2                 6
+//	+------+---------+-----------------+--------+-------------+- - - - - - -+
+//	| kind | version | length of body  |  body  |  signature  |  signature  |
+//	|  1   |    1    |        4        |        |     64      |  NodeCert   |
+//	+------+---------+-----------------+--------+-------------+- - - - - - -+
+//	|<---------- signed bytes ------------------>|
+//
+// A signature is Ed25519 (RFC 8032) over
+//
+//	"overlay/v1/" || name of the kind || 0x00 || signed bytes
+//
+// Numbers are big-endian. In the bodies drawn below a string is its length (1)
+// and its bytes, a list its count (1) and its items, a time the seconds since
+// 1970 UTC (8), so that times lose their fraction when signed. Every value has
+// one encoding; any other is refused.
 type Document []byte
+
+// MaxDocument is the length in bytes above which a Document is refused unread.
+const MaxDocument = 16 << 10
 
 // Genesis starts a mesh. Its hash, the trust hash, is in every invite but the
 // owner's.
+//
+//	+---------+------+--------+---------------------+-----+
+//	| mesh id | root | signer | first 6 octets of   | pin |
+//	|   16    |  32  |   32   | the ULA prefix   6  | 32  |
+//	+---------+------+--------+---------------------+-----+
 type Genesis struct {
 	MeshID [16]byte
 	Root   Key          // R
 	Signer Key          // the first S
-	ULA    netip.Prefix // the mesh's IPv6 /48
+	ULA    netip.Prefix // the mesh's IPv6 /48, within fc00::/7 (RFC 4193)
 	Pin    Hash         // SHA-256 of the first server's SubjectPublicKeyInfo
 }
 
 // State is the mesh's current shape. A lower epoch is refused.
+//
+//	+-------+------+--------+-----------+------+---------+---------+---------+--------+
+//	| epoch | prev | name   | Prefix4   | bits | servers | pins    | signers | policy |
+//	|   8   |  32  | string |     4     |  1   | list of | list of | list of |   32   |
+//	|       |      |        |           |      | strings | 32 + 1  |   32    |        |
+//	+-------+------+--------+-----------+------+---------+---------+---------+--------+
 type State struct {
-	Epoch   uint64
-	Prev    Hash // of the previous State document; zero in epoch 1
-	Name    string
+	Epoch   uint64 // from 1
+	Prev    Hash   // of the previous State document; zero in epoch 1
+	Name    string // see ValidName
 	Prefix4 netip.Prefix
-	Servers []string // host:port
-	Pins    []Pin
-	Signers []Key
-	Policy  Hash // zero: no policy
+	Servers []string // host:port, the preferred first; at most MaxServers
+	Pins    []Pin    // at most MaxPins, at least one current
+	Signers []Key    // ascending; at most MaxSigners
+	Policy  Hash     // zero: no policy
 }
 
-// PinStatus says whether a server key is in use.
+// Longer lists in a State are refused whole.
+const (
+	MaxServers = 16
+	MaxPins    = 16
+	MaxSigners = 64
+)
+
+// PinStatus says whether a server key is in use. The zero PinStatus is invalid.
 type PinStatus uint8
 
 // The states of a server key, in the order of its life.
@@ -63,18 +101,33 @@ type Pin struct {
 	Status PinStatus
 }
 
-// InviteCap lets whoever holds I admit up to Uses devices.
+// InviteCap lets whoever holds I admit up to Uses devices. It is valid from
+// NotBefore until just before NotAfter, by the server's clock: signers set
+// NotBefore some minutes back so that a fast clock does no harm.
+//
+//	+--------+--------+------------+-----------+------+--------+---------+
+//	| invite | signer | not before | not after | uses | name   | tags    |
+//	|   32   |   32   |     8      |     8     |  2   | string | list of |
+//	|        |        |            |           |      |        | strings |
+//	+--------+--------+------------+-----------+------+--------+---------+
 type InviteCap struct {
 	Invite    Key // I
 	Signer    Key // S
 	NotBefore time.Time
 	NotAfter  time.Time
-	Uses      uint16
-	Name      string // forced name of the device, or empty
-	Tags      []string
+	Uses      uint16   // 1 to MaxUses; 1 when Name is set
+	Name      string   // forced name of the device, or empty
+	Tags      []string // ascending, each as in ValidName; at most MaxTags
 }
 
-// Role is what a node does in the mesh.
+// MaxUses is how many devices one invite may admit.
+const MaxUses = 1000
+
+// MaxTags is how many tags an invite or a node may have; more are refused
+// whole.
+const MaxTags = 8
+
+// Role is what a node does in the mesh. The zero Role is invalid.
 type Role uint8
 
 // The roles.
@@ -83,22 +136,34 @@ const (
 	RoleRelay
 )
 
-// NodeCert binds a device to its WireGuard key, name and addresses.
+// NodeCert binds a device to its WireGuard key, name and addresses. It carries
+// two signatures: by I, then by D.
+//
+//	+--------+--------+----+--------+-----+-----+---------+------+--------+-----------+
+//	| invite | device | W  | name   | ip4 | ip6 | tags    | role | serial | issued at |
+//	|   32   |   32   | 32 | string |  4  | 16  | list of |  1   |   8    |     8     |
+//	|        |        |    |        |     |     | strings |      |        |           |
+//	+--------+--------+----+--------+-----+-----+---------+------+--------+-----------+
 type NodeCert struct {
-	Invite    Key // I
-	Device    Key // D
-	WireGuard Key // W, canonical
-	Name      string
+	Invite    Key    // I
+	Device    Key    // D
+	WireGuard Key    // W, see CanonicalKey
+	Name      string // see ValidName
 	IP4       netip.Addr
-	IP6       netip.Addr
-	Tags      []string
+	IP6       netip.Addr // see DeriveIP6
+	Tags      []string   // ascending, each as in ValidName; at most MaxTags
 	Role      Role
-	Serial    uint64
-	IssuedAt  time.Time
+	Serial    uint64    // from 1; of two certificates of one device the higher counts
+	IssuedAt  time.Time // by the device's clock, for people; nothing is judged by it
 }
 
 // Revocation withdraws a device, an invite or a signer from a moment on. A
 // device may withdraw itself.
+//
+//	+--------+----+------+
+//	| target | by | from |
+//	|   32   | 32 |  8   |
+//	+--------+----+------+
 type Revocation struct {
 	Target Key
 	By     Key // S, R, or the target itself when it is a device
@@ -106,19 +171,27 @@ type Revocation struct {
 }
 
 // Record is what a device says of its present self. The highest serial counts.
+//
+//	+--------+--------+-------+--------------+-----------------------------------+
+//	| device | serial | nonce | capabilities | list of candidates:               |
+//	|   32   |   8    |  16   |      4       | family (1: 4 or 6), address (4 or |
+//	|        |        |       |              | 16), port (2), type (1)           |
+//	+--------+--------+-------+--------------+-----------------------------------+
 type Record struct {
 	Device       Key
 	Serial       uint64 // milliseconds since 1970 when it was signed
 	Nonce        [16]byte
 	Capabilities uint32
-	Candidates   []Endpoint // at most MaxEndpoints
+	Candidates   []Endpoint // no two alike; at most MaxEndpoints
 }
 
 // MaxEndpoints is how many endpoints a Record may have; more are refused whole.
 const MaxEndpoints = 16
 
 // Endpoint is a published transport address and how it was found, with the
-// numbers of punch.CandidateType.
+// numbers of punch.CandidateType. IPv4 addresses are plain, never IPv4-mapped,
+// and IPv6 addresses have no zone. Whether an address may be probed is decided
+// by those who probe.
 type Endpoint struct {
 	Addr netip.AddrPort
 	Type uint8

@@ -1,0 +1,162 @@
+package natlab
+
+import (
+	"net/netip"
+	"testing"
+)
+
+func TestNATsAreWhatTheyClaim(t *testing.T) {
+	lab := newLab(t, Options{})
+	for nat, want := range map[NAT]Behaviour{
+		Public:     {Mapping: EndpointIndependent, Filtering: EndpointIndependent, Preserves: true, Hairpin: true},
+		Masquerade: {Mapping: EndpointIndependent, Filtering: AddressAndPortDependent, Preserves: true},
+		FullCone:   {Mapping: EndpointIndependent, Filtering: EndpointIndependent, Preserves: true},
+		OpenInput:  {Mapping: EndpointIndependent, Filtering: AddressAndPortDependent, Preserves: true, Poisoned: true},
+	} {
+		t.Run(string(nat), func(t *testing.T) {
+			home := mustHome(t, lab, string(nat), nat)
+			laptop := mustLaptop(t, home, "laptop-"+string(nat))
+			want.Public = home.WAN()
+			if nat == Public {
+				want.Public = laptop.Addr()
+			}
+			// Twice: what the first run left in the router must not
+			// change what the second sees.
+			for range 2 {
+				got, err := laptop.Probe(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got != want {
+					t.Errorf("got  %+v\nwant %+v", got, want)
+				}
+			}
+		})
+	}
+}
+
+func TestUnknownNAT(t *testing.T) {
+	lab := newLab(t, Options{})
+	if _, err := lab.Home(t.Context(), "home", "carrier-pigeon"); err == nil {
+		t.Error("a home behind a NAT that does not exist")
+	}
+}
+
+func TestServerIsPublic(t *testing.T) {
+	lab := newLab(t, Options{})
+	server := mustServer(t, lab, "server")
+	got, err := server.Probe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Behaviour{server.Addr(), EndpointIndependent, EndpointIndependent, true, true, false}
+	if got != want {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+func TestSetWAN(t *testing.T) {
+	lab := newLab(t, Options{})
+	for _, nat := range []NAT{Masquerade, Public} {
+		home := mustHome(t, lab, string(nat), nat)
+		laptop := mustLaptop(t, home, "laptop-"+string(nat))
+		want := netip.MustParseAddr("203.0.113.240")
+		if nat == Public {
+			want = netip.MustParseAddr("203.0.113.241")
+		}
+		if err := home.SetWAN(t.Context(), want); err != nil {
+			t.Fatal(err)
+		}
+		if home.WAN() != want {
+			t.Errorf("WAN is %s, want %s", home.WAN(), want)
+		}
+		if nat == Public {
+			want = laptop.Addr()
+		}
+		got, err := laptop.Probe(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Public != want {
+			t.Errorf("%s: the world sees %s, want %s", nat, got.Public, want)
+		}
+	}
+}
+
+func TestMoveTo(t *testing.T) {
+	lab := newLab(t, Options{})
+	from, to := mustHome(t, lab, "from", Masquerade), mustHome(t, lab, "to", FullCone)
+	laptop := mustLaptop(t, from, "laptop")
+	if err := laptop.MoveTo(t.Context(), to); err != nil {
+		t.Fatal(err)
+	}
+	got, err := laptop.Probe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Public != to.WAN() || got.Filtering != EndpointIndependent {
+		t.Errorf("after the move: %+v", got)
+	}
+	// And back, with the cable out for a moment.
+	if err := laptop.MoveTo(t.Context(), from); err != nil {
+		t.Fatal(err)
+	}
+	for _, up := range []bool{false, true} {
+		if err := laptop.SetLink(t.Context(), up); err != nil {
+			t.Fatal(err)
+		}
+		got, err := laptop.Probe(t.Context())
+		if up && (err != nil || got.Public != from.WAN()) {
+			t.Errorf("link is up again: %+v, %v", got, err)
+		}
+		if !up && err == nil {
+			t.Errorf("link is down: %+v", got)
+		}
+	}
+}
+
+// TestReboot keeps one socket over a reboot of a full cone: the world's
+// packets pass before, and no longer after.
+func TestReboot(t *testing.T) {
+	lab := newLab(t, Options{})
+	home := mustHome(t, lab, "home", FullCone)
+	laptop := mustLaptop(t, home, "laptop")
+	p := &probe{host: laptop}
+	defer p.close()
+	if err := p.listen(); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := p.socket()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// One request by hand opens the mapping; the server does not answer.
+	if _, err := conn.WriteToUDPAddrPort(probeRequest(0, 1), p.server(0, 0)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, probeMaxLen)
+	_, mapped, err := p.servers[0][0].ReadFromUDPAddrPort(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reaches := func() bool {
+		t.Helper()
+		if _, err := p.servers[1][1].WriteToUDPAddrPort([]byte("hello"), mapped); err != nil {
+			t.Fatal(err)
+		}
+		_, ok, err := receive(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ok
+	}
+	if !reaches() {
+		t.Error("before the reboot the mapping is closed")
+	}
+	if err := home.Reboot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if reaches() {
+		t.Error("after the reboot the mapping is open")
+	}
+}

@@ -92,6 +92,10 @@ type Proofs struct {
 
 // OwnRequest founds the mesh: everything the owner's device signed, committed
 // together with the use of the owner invite. Repeating it is harmless.
+//
+// Cap and Cert are for the root R in place of an invite: the server made the
+// owner invite and knows its private key, so a capability for that key would
+// let the server admit devices. Only Proofs.Invite is by the owner invite.
 type OwnRequest struct {
 	Genesis trust.Document `json:"genesis"`
 	State   trust.Document `json:"state"`
@@ -275,6 +279,9 @@ type Error struct {
 	Code    Code   `json:"code"`
 	Message string `json:"message"`
 	Hint    string `json:"hint,omitempty"`
+
+	// RetryAfter is the answer's Retry-After; zero when there was none.
+	RetryAfter time.Duration `json:"-"`
 }
 
 // Error gives the message.

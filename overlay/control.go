@@ -1,0 +1,313 @@
+package overlay
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+	"overlay/punch"
+)
+
+var errNoServer = errors.New("not connected to the coordination server")
+
+// outboxSize bounds the frames that wait for the stream; more are refused.
+const outboxSize = 128
+
+// Waits between attempts to reach the server.
+const (
+	firstRetry  = 200 * time.Millisecond
+	lastRetry   = 2 * time.Second
+	dialTimeout = 10 * time.Second
+)
+
+// control keeps the stream to the coordination server: it dials, resumes,
+// hands events in and carries records and signals out.
+type control struct {
+	device  ed25519.PrivateKey
+	nonce   punch.Nonce
+	servers func() []string
+	verify  func(trust.Hash) error
+	// onWelcome and onEvent are called in order from one goroutine.
+	onWelcome func(*coord.Welcome, netip.AddrPort, []byte)
+	onEvent   func(coord.Event)
+	// onState is told at every change of connection; nil means connected.
+	onState func(error)
+	log     *slog.Logger
+
+	kick   chan struct{}
+	outbox chan coord.Report
+
+	mu         sync.Mutex
+	stream     *coord.Stream
+	local      netip.AddrPort
+	remote     netip.AddrPort
+	candidates []punch.Candidate
+	serial     uint64
+}
+
+// run connects, again and again, until ctx ends.
+func (c *control) run(ctx context.Context) error {
+	resume, wait := "", firstRetry
+	for ctx.Err() == nil {
+		start := time.Now()
+		err := c.connect(ctx, &resume)
+		if ctx.Err() != nil {
+			return nil
+		}
+		c.log.Debug("server connection ended", "err", err)
+		c.onState(err)
+		if time.Since(start) > lastRetry {
+			wait = firstRetry
+		}
+		if c.pause(ctx, wait) {
+			wait = firstRetry
+		} else {
+			wait = min(2*wait, lastRetry)
+		}
+	}
+	return nil
+}
+
+// once makes a connection for a request outside the stream.
+func (c *control) once(ctx context.Context, do func(context.Context, *coord.Conn) error) error {
+	d := coord.Dialer{Servers: c.servers(), Device: c.device, Verify: c.verify, Log: c.log}
+	conn, err := d.Dial(ctx)
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(ctx, conn), conn.Close())
+}
+
+// pause waits with jitter; true when a network change cut it short.
+func (c *control) pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d/2 + rand.N(d))
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	case <-c.kick:
+		return true
+	}
+	return false
+}
+
+// connect holds one connection until it ends.
+func (c *control) connect(ctx context.Context, resume *string) error {
+	select {
+	case <-c.kick: // older than this attempt
+	default:
+	}
+	dctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	stop := c.cancelOnKick(dctx, cancel)
+	d := coord.Dialer{Servers: c.servers(), Device: c.device, Verify: c.verify, Log: c.log}
+	conn, err := d.Dial(dctx)
+	if err != nil {
+		stop()
+		return err
+	}
+	stream, err := conn.Stream(dctx, *resume)
+	stop()
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	c.attach(stream, conn)
+	defer c.detach()
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return c.send(gctx, stream) })
+	g.Go(func() error {
+		<-gctx.Done()
+		return stream.Close()
+	})
+	g.Go(func() error { return c.receive(stream, conn.RemoteAddr(), resume) })
+	return g.Wait()
+}
+
+// cancelOnKick gives a dial up when the network changes under it.
+func (c *control) cancelOnKick(ctx context.Context, cancel func()) (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		select {
+		case <-c.kick:
+			cancel()
+			c.redial()
+		case <-done:
+		case <-ctx.Done():
+		}
+	})
+	return func() { close(done); wg.Wait() }
+}
+
+func (c *control) attach(s *coord.Stream, conn *coord.Conn) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stream, c.local, c.remote = s, conn.LocalAddr(), conn.RemoteAddr()
+	for len(c.outbox) > 0 {
+		<-c.outbox // frames of the old connection
+	}
+}
+
+func (c *control) detach() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stream = nil
+}
+
+func (c *control) receive(s *coord.Stream, remote netip.AddrPort, resume *string) error {
+	for {
+		e, err := s.Next()
+		if err != nil {
+			return err
+		}
+		switch {
+		case e.Welcome != nil:
+			c.onWelcome(e.Welcome, remote, s.STUNKey())
+			c.publish()
+		default:
+			c.onEvent(e)
+		}
+		if e.Resume != "" {
+			*resume = e.Resume
+		}
+	}
+}
+
+func (c *control) send(ctx context.Context, s *coord.Stream) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case r := <-c.outbox:
+			if err := c.sendOne(s, r); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (c *control) sendOne(s *coord.Stream, r coord.Report) error {
+	if r.Publish != nil {
+		return s.Publish(*r.Publish)
+	}
+	return s.Signal(*r.Signal)
+}
+
+// signal queues a sealed message; it never blocks.
+func (c *control) signal(to trust.Key, data []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.queue(coord.Report{Signal: &coord.Signal{Peer: to, Data: data}})
+}
+
+// queue is called with mu held.
+func (c *control) queue(r coord.Report) error {
+	if c.stream == nil {
+		return errNoServer
+	}
+	select {
+	case c.outbox <- r:
+		return nil
+	default:
+		return errNoServer
+	}
+}
+
+// setCandidates publishes the own candidates.
+func (c *control) setCandidates(list []punch.Candidate) {
+	c.mu.Lock()
+	c.candidates = list
+	c.mu.Unlock()
+	c.publish()
+}
+
+// publish signs and queues the record of this moment.
+func (c *control) publish() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stream == nil {
+		return
+	}
+	c.serial = max(c.serial+1, uint64(time.Now().UnixMilli()))
+	p, err := newPublish(c.device, c.nonce, c.serial, c.candidates)
+	if err == nil {
+		err = c.queue(coord.Report{Publish: p})
+	}
+	if err != nil {
+		c.log.Warn("record not published", "err", err)
+	}
+}
+
+// newPublish makes the signed record of what may be published: server-reflexive
+// candidates with their tokens and global IPv6 addresses. Private addresses
+// travel only in sealed signals.
+func newPublish(device ed25519.PrivateKey, nonce punch.Nonce, serial uint64, list []punch.Candidate) (*coord.Publish, error) {
+	rec := trust.Record{Device: trust.Key(device.Public().(ed25519.PublicKey)), Serial: serial, Nonce: nonce}
+	var tokens [][]byte
+	hosts := 0
+	for _, cand := range list {
+		switch {
+		case cand.Type == punch.ServerReflexive && len(cand.Token) > 0:
+			tokens = append(tokens, cand.Token)
+		case cand.Type == punch.Host && globalIPv6(cand.Addr.Addr()) && hosts < maxHostIPv6:
+			hosts++
+		default:
+			continue
+		}
+		rec.Candidates = append(rec.Candidates, trust.Endpoint{Addr: cand.Addr, Type: uint8(cand.Type)})
+	}
+	doc, err := trust.SignRecord(rec, device)
+	return &coord.Publish{Record: doc, Tokens: tokens}, err
+}
+
+// maxHostIPv6 is how many global IPv6 host addresses a record may name.
+const maxHostIPv6 = 2
+
+func globalIPv6(a netip.Addr) bool {
+	return a.Is6() && !a.Is4In6() && a.IsGlobalUnicast() && !a.IsPrivate()
+}
+
+// networkChanged reconnects at once when the way to the server is another one
+// or when there was none.
+func (c *control) networkChanged() {
+	c.mu.Lock()
+	s, local, remote := c.stream, c.local, c.remote
+	c.mu.Unlock()
+	if s != nil && sourceFor(remote) == local.Addr() {
+		return
+	}
+	if s != nil {
+		_ = s.Close()
+	}
+	c.redial()
+}
+
+// redial makes the next attempt happen now.
+func (c *control) redial() {
+	select {
+	case c.kick <- struct{}{}:
+	default:
+	}
+}
+
+// sourceFor is the local address that packets to a server leave from; invalid
+// when there is no route.
+func sourceFor(to netip.AddrPort) netip.Addr {
+	u, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
+	if err != nil {
+		return netip.Addr{}
+	}
+	defer u.Close()
+	a, _ := netip.AddrFromSlice(u.LocalAddr().(*net.UDPAddr).IP)
+	return a.Unmap()
+}

@@ -1,0 +1,464 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+	"overlay/punch"
+	"overlay/tun"
+)
+
+// Node is the daemon: it serves the local socket and, once joined, runs a
+// session. Its methods may be called from any goroutine.
+type Node struct {
+	cfg   Config
+	store store
+	stop  chan struct{} // closed by Down
+	once  sync.Once
+
+	up sync.Mutex // held by Up and Leave: one at a time; before mu
+
+	mu         sync.Mutex
+	session    *session // nil until up
+	endSession func()   // stops it and waits
+	group      *errgroup.Group
+	ctx        context.Context // of Run
+}
+
+// New prepares a node; nothing is opened before Run.
+func New(c Config) *Node {
+	c.setDefaults()
+	return &Node{cfg: c, store: store{c.StateDir}, stop: make(chan struct{})}
+}
+
+// Run serves the local socket until ctx ends or Down is called, then takes
+// everything down. ready is called when the socket is there.
+func (n *Node) Run(ctx context.Context, ready func()) error {
+	if err := n.store.open(); err != nil {
+		return err
+	}
+	l, err := listenLocal(n.cfg.Socket)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g, ctx := errgroup.WithContext(ctx)
+	n.mu.Lock()
+	n.group, n.ctx = g, ctx
+	n.mu.Unlock()
+	g.Go(func() error { return n.serveLocal(ctx, l) })
+	g.Go(func() error {
+		select {
+		case <-n.stop:
+			cancel()
+		case <-ctx.Done():
+		}
+		return nil
+	})
+	if ready != nil {
+		ready()
+	}
+	return g.Wait()
+}
+
+// Down ends Run.
+func (n *Node) Down() { n.once.Do(func() { close(n.stop) }) }
+
+// current is the running session, nil when there is none.
+func (n *Node) current() *session {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.session
+}
+
+// Up joins if it must, opens the interface if it is not open, and returns when
+// the node is online, or works from its cache because the server is not
+// reached.
+func (n *Node) Up(ctx context.Context, r UpRequest, progress func(Progress)) (UpResult, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ctx == nil {
+		return UpResult{}, errors.New("the node does not run")
+	}
+	c, err := n.merge(r)
+	if err != nil {
+		return UpResult{}, err
+	}
+	founded, err := n.join(ctx, r, c, progress)
+	if err != nil {
+		return UpResult{}, err
+	}
+	if err := n.start(c, progress); err != nil {
+		return UpResult{}, err
+	}
+	res := n.settle(ctx, progress)
+	if founded && res.Online {
+		reply, err := n.session.invite(ctx, InviteRequest{})
+		if err != nil {
+			progress(Progress{Step: "invite", Text: "not made: " + err.Error(), Warn: true})
+		}
+		res.Invite = reply.Invite
+	}
+	return res, nil
+}
+
+// merge adds the flags of a request to what is saved.
+func (n *Node) merge(r UpRequest) (*settings, error) {
+	c, err := n.store.loadSettings(time.Now())
+	if err != nil {
+		return nil, err
+	}
+	if r.Name != "" {
+		c.Name = r.Name
+	}
+	if r.Server != "" {
+		c.Server = r.Server
+	}
+	if r.Interface != "" {
+		c.Interface = r.Interface
+	}
+	if r.MTU != 0 {
+		c.MTU = r.MTU
+	}
+	if r.ListenPort != 0 {
+		c.ListenPort = r.ListenPort
+	}
+	return c, c.check()
+}
+
+func (c *settings) check() error {
+	if c.MTU < MinMTU || c.MTU > MaxMTU {
+		return fail(Usage, fmt.Sprintf("use a number from %d to %d; %d suits nearly every network", MinMTU, MaxMTU, DefaultMTU),
+			"--mtu %d is out of range", c.MTU)
+	}
+	if c.ListenPort < 1 || c.ListenPort > 65535 {
+		return fail(Usage, "use a number from 1 to 65535", "--listen-port %d is out of range", c.ListenPort)
+	}
+	if c.Name != "" && trust.ValidName(c.Name) != nil {
+		return fail(Usage, fmt.Sprintf("try --name %s", trust.NormalizeName(c.Name)),
+			"name %q is not usable: letters a-z, digits and \"-\", at most 63", c.Name)
+	}
+	if len(c.Interface) > 15 || !plainName(c.Interface) {
+		return fail(Usage, "use at most 15 letters, digits, \"-\", \"_\" or \".\"", "--interface %q is not a usable name", c.Interface)
+	}
+	return nil
+}
+
+func plainName(s string) bool {
+	for _, c := range s {
+		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_' || c == '.') {
+			return false
+		}
+	}
+	return s != "" && s != "." && s != ".."
+}
+
+// join makes this machine a member, unless it is one. It says whether it
+// founded the mesh.
+func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func(Progress)) (founded bool, err error) {
+	var m membership
+	joined, err := n.store.load(meshFile, &m)
+	if err != nil {
+		return false, err
+	}
+	if joined {
+		return false, sameMesh(&m, r.Invite)
+	}
+	if r.Invite == "" {
+		return false, fail(Refused, "ask its owner for an invite, then: overlay up ovl1_...", "this machine has not joined a mesh")
+	}
+	inv, err := parseInvite(r.Invite)
+	if err != nil {
+		return false, err
+	}
+	k, err := n.store.loadKeys()
+	if err != nil {
+		return false, err
+	}
+	cfg, err := n.joinConfig(inv, k, c)
+	if err != nil {
+		return false, err
+	}
+	got, err := coord.Join(ctx, cfg, func(step, detail string) { progress(Progress{Step: step, Text: detail}) })
+	if err != nil {
+		return false, joinError(err, inv)
+	}
+	return inv.Kind == coord.InviteOwner, n.store.save(meshFile, membership(got))
+}
+
+// sameMesh refuses an invite of another mesh; one of the same mesh is not
+// needed and not used.
+func sameMesh(m *membership, invite string) error {
+	if invite == "" {
+		return nil
+	}
+	inv, err := parseInvite(invite)
+	if err != nil {
+		return err
+	}
+	genesis, err := trust.OpenGenesis(m.Genesis)
+	if err != nil {
+		return fmt.Errorf("read the saved membership: %w", err)
+	}
+	if inv.Kind == coord.InviteMember && inv.Hash == m.TrustHash || inv.Kind == coord.InviteOwner && inv.Hash == genesis.Pin {
+		return nil
+	}
+	cert, err := ownCert(m)
+	if err != nil {
+		return err
+	}
+	return fail(Refused, "leave it first: overlay leave", "this machine is already a member of another mesh, as %q (%s)", cert.Name, cert.IP4)
+}
+
+func ownCert(m *membership) (trust.NodeCert, error) {
+	doc, _, _, err := trust.OpenCountersigned(m.Cert)
+	if err != nil {
+		return trust.NodeCert{}, fmt.Errorf("read the saved certificate: %w", err)
+	}
+	return trust.OpenNodeCert(doc)
+}
+
+func (n *Node) joinConfig(inv coord.Invite, k *keys, c *settings) (coord.JoinConfig, error) {
+	cfg := coord.JoinConfig{
+		Invite: inv, Device: k.Device, WireGuard: k.WireGuard,
+		Name: c.Name, Exact: c.Name != "", Server: c.Server, Log: n.cfg.Log,
+	}
+	if cfg.Name == "" {
+		host, _ := os.Hostname()
+		cfg.Name = trust.NormalizeName(host)
+	}
+	if inv.Kind != coord.InviteOwner {
+		return cfg, nil
+	}
+	avoid, err := tun.HostAddrs()
+	if err != nil {
+		return cfg, fmt.Errorf("list local addresses: %w", err)
+	}
+	if err := n.store.found(k, avoid); err != nil {
+		return cfg, err
+	}
+	f := k.Founding
+	cfg.Root, cfg.Signer, cfg.MeshID, cfg.ULA, cfg.Prefix4 = k.Root, k.Signer, f.MeshID, f.ULA, f.Prefix4
+	cfg.Founded = f.At
+	return cfg, nil
+}
+
+// start opens the session. A running one stays when the settings are the same,
+// and makes room otherwise.
+func (n *Node) start(c *settings, progress func(Progress)) error {
+	if n.session != nil {
+		if *n.session.settings == *c {
+			return nil
+		}
+		n.endSession()
+	}
+	k, err := n.store.loadKeys()
+	if err != nil {
+		return err
+	}
+	var m membership
+	if _, err := n.store.load(meshFile, &m); err != nil {
+		return err
+	}
+	s, err := newSession(n.store, k, c, &m, n.cfg)
+	if err != nil {
+		return deviceError(err, c)
+	}
+	if err := n.store.save(settingsFile, c); err != nil {
+		return errors.Join(err, s.dev.Load().Close())
+	}
+	n.runSession(s)
+	progress(Progress{Step: "interface", Text: fmt.Sprintf("%s, %s, %s, MTU %d", c.Interface, s.self.IP4, s.self.IP6, c.MTU)})
+	for _, o := range s.overlaps() {
+		progress(Progress{Step: "overlap", Warn: true, Text: fmt.Sprintf(
+			"%s overlaps the mesh's range %s; reach peers by their IPv6 addresses", o, s.roster.mesh.State().Prefix4)})
+	}
+	return nil
+}
+
+// runSession starts the session under Run's group; an error of it that nobody
+// asked for ends the daemon.
+func (n *Node) runSession(s *session) {
+	ctx, cancel := context.WithCancel(n.ctx)
+	done := make(chan struct{})
+	n.session, n.endSession = s, func() { cancel(); <-done }
+	n.group.Go(func() error {
+		defer close(done)
+		defer cancel()
+		return s.run(ctx)
+	})
+}
+
+// How long up waits for things that are good to know but not needed.
+const (
+	serverWait  = 3 * time.Second
+	networkWait = 400 * time.Millisecond
+	peersWait   = 400 * time.Millisecond
+)
+
+// settle waits for the server, then a moment for the network and the peers,
+// and tells how things stand.
+func (n *Node) settle(ctx context.Context, progress func(Progress)) UpResult {
+	s := n.session
+	within(ctx, serverWait, s, func() bool { return s.synced || s.trouble != nil })
+	s.mu.Lock()
+	online, trouble := s.online && s.synced, s.trouble
+	s.mu.Unlock()
+	res := UpResult{Name: s.self.Name, IPv4: s.self.IP4, IPv6: s.self.IP6, Online: online}
+	if !online {
+		progress(Progress{Step: "server", Warn: true, Text: troubleText(trouble) + "; using the saved mesh, will keep trying"})
+	}
+	if online {
+		within(ctx, networkWait, s, func() bool { return reflexive(s.agent.Candidates()).IsValid() })
+		progress(Progress{Step: "network", Text: networkText(s.agent.Candidates())})
+	}
+	within(ctx, peersWait, s, func() bool { return s.waiting() == 0 })
+	progress(Progress{Step: "peers", Text: s.peersText()})
+	return res
+}
+
+func within(ctx context.Context, d time.Duration, s *session, done func() bool) {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	s.wait(ctx, done)
+}
+
+func reflexive(list []punch.Candidate) netip.AddrPort {
+	for _, c := range list {
+		if c.Type == punch.ServerReflexive {
+			return c.Addr
+		}
+	}
+	return netip.AddrPort{}
+}
+
+func networkText(list []punch.Candidate) string {
+	a := reflexive(list)
+	if !a.IsValid() {
+		return "no answer over UDP from the server yet"
+	}
+	for _, c := range list {
+		if c.Type == punch.Host && c.Addr == a {
+			return fmt.Sprintf("public address %s", a)
+		}
+	}
+	return fmt.Sprintf("behind a NAT, seen as %s", a)
+}
+
+// waiting counts the online peers without a path; mu is held.
+func (s *session) waiting() int {
+	count := 0
+	for _, m := range s.roster.members {
+		if _, ok := s.endpoints.path(punch.Key(m.cert.WireGuard)); m.node.Online && !ok {
+			count++
+		}
+	}
+	return count
+}
+
+// Leave revokes this device, deletes its keys and ends Run. The error says
+// that the server could not be told; the keys are gone all the same.
+func (n *Node) Leave(ctx context.Context) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	err := Leave(ctx, n.cfg)
+	n.Down()
+	return err
+}
+
+// leaveWait bounds how long leaving tries to tell the server.
+const leaveWait = 5 * time.Second
+
+// Leave gives up the identity in a state directory, with or without a daemon.
+func Leave(ctx context.Context, cfg Config) error {
+	cfg.setDefaults()
+	st := store{cfg.StateDir}
+	if err := st.open(); err != nil && KindOf(err) == Permission {
+		return err
+	}
+	var k keys
+	var m membership
+	hadKeys, keyErr := st.load(keysFile, &k)
+	joined, meshErr := st.load(meshFile, &m)
+	if !hadKeys && !joined && keyErr == nil && meshErr == nil {
+		return fail(Refused, "", "this machine has not joined a mesh")
+	}
+	told := errors.Join(keyErr, meshErr)
+	if told == nil && joined {
+		ctx, cancel := context.WithTimeout(ctx, leaveWait)
+		defer cancel()
+		told = revokeSelf(ctx, &k, &m, cfg)
+	}
+	if err := st.forget(); err != nil {
+		return fmt.Errorf("delete the keys: %w", err)
+	}
+	if told != nil {
+		return fail(Unreachable, "", "left, and the keys are deleted, but the server was not told (%s); it lists this machine as offline", troubleText(told))
+	}
+	return nil
+}
+
+func revokeSelf(ctx context.Context, k *keys, m *membership, cfg Config) error {
+	cert, err := ownCert(m)
+	if err != nil {
+		return err
+	}
+	doc, err := trust.SignRevocation(trust.Revocation{
+		Target: cert.Device, By: cert.Device, From: time.Now().UTC().Truncate(time.Second),
+	}, k.Device)
+	if err != nil {
+		return fmt.Errorf("sign the revocation: %w", err)
+	}
+	mesh, err := trust.NewMesh(m.TrustHash, m.Genesis, m.State)
+	if err != nil {
+		return fmt.Errorf("verify the mesh: %w", err)
+	}
+	c := control{
+		device:  k.Device,
+		servers: func() []string { return serverList("", m.Servers, mesh.State().Servers) },
+		verify:  pinned(mesh),
+		log:     cfg.Log,
+	}
+	return c.once(ctx, func(ctx context.Context, conn *coord.Conn) error {
+		return conn.Revoke(ctx, coord.RevokeRequest{Revocation: doc})
+	})
+}
+
+// listenLocal opens the daemon's socket and refuses to be the second daemon.
+func listenLocal(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fail(permissionOr(err), "run it with sudo", "cannot make %s: %v", filepath.Dir(path), errors.Unwrap(err))
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		_ = c.Close()
+		return nil, fail(Failure, "see: overlay status", "overlay is already running (socket %s)", path)
+	}
+	_ = os.Remove(path)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fail(permissionOr(err), "run it with sudo", "cannot listen on %s: %v", path, err)
+	}
+	if err := os.Chmod(path, 0o666); err != nil {
+		return nil, errors.Join(fmt.Errorf("open %s to all users: %w", path, err), l.Close())
+	}
+	return l, nil
+}
+
+func permissionOr(err error) Kind {
+	if errors.Is(err, os.ErrPermission) {
+		return Permission
+	}
+	return Failure
+}

@@ -1,0 +1,184 @@
+// Package overlay is one node: the only place where coord, punch and tun meet.
+//
+//	control.go   stream to the coordination server: netmap in, record and signals out
+//	netmap.go    what the server says, verified, becomes peers
+//	endpoint.go  the one writer of peer endpoints: punch's paths, through wgctrl
+//	session.go   the parts of a joined node, from up to down
+//	node.go      the daemon: up, down, leave
+//	local.go     the daemon's socket; client.go its other side
+//	state.go     what is on disk
+//
+// A program may embed a Node: New, Run, then Up.
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+)
+
+// Defaults of a node's places and numbers.
+const (
+	DefaultStateDir  = "/var/lib/overlay"
+	DefaultSocket    = "/run/overlay/overlayd.sock"
+	DefaultInterface = "overlay0"
+	DefaultMTU       = 1400
+	MinMTU           = 1280
+	MaxMTU           = 9000
+)
+
+// Config says where a node lives. Empty fields mean the defaults.
+type Config struct {
+	StateDir string
+	Socket   string
+	Version  string
+	Offloads string       // see tun.Config
+	Log      *slog.Logger // nil: silent
+}
+
+func (c *Config) setDefaults() {
+	if c.StateDir == "" {
+		c.StateDir = DefaultStateDir
+	}
+	if c.Socket == "" {
+		c.Socket = DefaultSocket
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Kind groups failures by what a caller can do about them.
+type Kind string
+
+// The kinds of an Error.
+const (
+	Failure     Kind = "failure"
+	Usage       Kind = "usage"
+	NotRunning  Kind = "not_running"
+	Refused     Kind = "refused" // not joined, or the server said no
+	Permission  Kind = "permission"
+	NoReply     Kind = "no_reply"
+	Unreachable Kind = "unreachable"
+)
+
+// Error is a failure for people: Message says what is wrong and why, Hint what
+// to do about it.
+type Error struct {
+	Kind    Kind   `json:"kind"`
+	Message string `json:"message"`
+	Hint    string `json:"hint,omitempty"`
+}
+
+// Error gives the message.
+func (e *Error) Error() string { return e.Message }
+
+// KindOf tells the kind of any error; Failure when it is none of ours.
+func KindOf(err error) Kind {
+	if e, ok := errors.AsType[*Error](err); ok {
+		return e.Kind
+	}
+	return Failure
+}
+
+func fail(kind Kind, hint, format string, args ...any) *Error {
+	return &Error{Kind: kind, Message: fmt.Sprintf(format, args...), Hint: hint}
+}
+
+// UpRequest is what `overlay up` asks for. Zero fields keep what is saved.
+type UpRequest struct {
+	Invite     string `json:"invite,omitempty"`
+	Name       string `json:"name,omitempty"`
+	Server     string `json:"server,omitempty"`
+	Interface  string `json:"interface,omitempty"`
+	MTU        int    `json:"mtu,omitempty"`
+	ListenPort int    `json:"listenPort,omitempty"`
+}
+
+// Progress is one step of coming up, for people. Warn marks a step that did
+// not go as wished.
+type Progress struct {
+	Step string `json:"step"`
+	Text string `json:"text"`
+	Warn bool   `json:"warn,omitempty"`
+}
+
+// UpResult is the outcome of coming up. Invite is set once: when this node
+// founded the mesh.
+type UpResult struct {
+	Name   string     `json:"name"`
+	IPv4   netip.Addr `json:"ipv4"`
+	IPv6   netip.Addr `json:"ipv6"`
+	Online bool       `json:"online"`
+	Invite string     `json:"invite,omitempty"`
+}
+
+// Status is this node's view of the mesh.
+type Status struct {
+	Schema int          `json:"schema"`
+	Self   SelfStatus   `json:"self"`
+	Peers  []PeerStatus `json:"peers"`
+}
+
+// SelfStatus is this node. Online means connected to the coordination server.
+type SelfStatus struct {
+	Name      string     `json:"name"`
+	IPv4      netip.Addr `json:"ipv4"`
+	IPv6      netip.Addr `json:"ipv6"`
+	PublicKey string     `json:"publicKey,omitempty"`
+	Online    bool       `json:"online"`
+	Mesh      string     `json:"mesh"`
+	Interface string     `json:"interface"`
+	Server    string     `json:"server"`
+	// Trouble says why Online is false; empty otherwise.
+	Trouble string `json:"trouble,omitempty"`
+}
+
+// PeerStatus is one other member.
+type PeerStatus struct {
+	Name          string     `json:"name"`
+	IPv4          netip.Addr `json:"ipv4"`
+	IPv6          netip.Addr `json:"ipv6"`
+	PublicKey     string     `json:"publicKey,omitempty"`
+	Online        bool       `json:"online"`
+	Path          PathStatus `json:"path"`
+	RTTms         *float64   `json:"rttMs"`
+	RxBytes       int64      `json:"rxBytes"`
+	TxBytes       int64      `json:"txBytes"`
+	LastHandshake *time.Time `json:"lastHandshake"`
+}
+
+// PathStatus is how packets reach a peer: direct or none; Via is how the
+// endpoint was found.
+type PathStatus struct {
+	Kind     string `json:"kind"`
+	Endpoint string `json:"endpoint,omitempty"`
+	Via      string `json:"via,omitempty"`
+}
+
+// PingReply is one echo over the tunnel.
+type PingReply struct {
+	Name  string     `json:"name"`
+	IP    netip.Addr `json:"ip"`
+	OK    bool       `json:"ok"`
+	RTTms *float64   `json:"rttMs"`
+	Path  PathStatus `json:"path"`
+}
+
+// InviteRequest asks a signer's node for an invite. Zero fields mean one use
+// and 24 hours.
+type InviteRequest struct {
+	Uses    int           `json:"uses,omitempty"`
+	Expires time.Duration `json:"expires,omitempty"`
+	Name    string        `json:"name,omitempty"`
+	Tags    []string      `json:"tags,omitempty"`
+}
+
+// InviteReply carries the invite, which is a secret.
+type InviteReply struct {
+	Invite  string    `json:"invite"`
+	Expires time.Time `json:"expires"`
+	Uses    int       `json:"uses"`
+}

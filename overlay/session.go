@@ -1,0 +1,362 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+	"overlay/punch"
+	"overlay/tun"
+)
+
+// membership is what joining gave: the signed documents of the mesh and of
+// this device.
+type membership struct {
+	TrustHash trust.Hash     `json:"trustHash"`
+	Genesis   trust.Document `json:"genesis"`
+	State     trust.Document `json:"state"`
+	Cap       trust.Document `json:"cap"`
+	Cert      trust.Document `json:"cert"`
+	Servers   []string       `json:"servers"`
+}
+
+// session is a joined node from up to down: the interface, the agent, the
+// connection to the server, and the roster between them.
+type session struct {
+	store    store
+	keys     *keys
+	settings *settings
+	self     trust.NodeCert
+	own      punch.Key
+	hash     trust.Hash // of the mesh
+	log      *slog.Logger
+
+	agent     *punch.Agent
+	control   *control
+	dev       atomic.Pointer[tun.Device]
+	endpoints *endpoints
+
+	mu      sync.Mutex
+	roster  *roster
+	servers map[netip.AddrPort]bool // never probed as peers
+	dirty   bool                    // the cache on disk is behind
+	online  bool
+	synced  bool          // a whole netmap came since the start
+	trouble error         // why not online; nil before the first attempt
+	change  chan struct{} // closed and replaced at every change
+}
+
+// newSession verifies what is on disk and opens the interface.
+func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*session, error) {
+	r, err := newRoster(m, cfg.Log)
+	if err != nil {
+		return nil, fail(Failure, "restore it from a backup, or give this identity up and join again: overlay leave",
+			"the saved membership in %s does not verify: %v", st.dir, err)
+	}
+	cert, _ := r.mesh.Device(r.self)
+	s := &session{
+		store: st, keys: k, settings: c, self: cert, own: punch.Key(k.WireGuard.PublicKey()), hash: m.TrustHash,
+		log: cfg.Log, roster: r, servers: map[netip.AddrPort]bool{}, change: make(chan struct{}),
+	}
+	if err := s.newAgent(m); err != nil {
+		return nil, err
+	}
+	s.newControl(m)
+	if err := s.openDevice(cfg); err != nil {
+		return nil, err
+	}
+	s.endpoints = newEndpoints(s.dev.Load(), cfg.Log)
+	if err := s.linkChanged(); err != nil {
+		return nil, errors.Join(err, s.dev.Load().Close())
+	}
+	s.loadCache()
+	return s, nil
+}
+
+func (s *session) newAgent(m *membership) error {
+	var err error
+	s.agent, err = punch.New(punch.Config{
+		PrivateKey: s.keys.WireGuard,
+		Mesh:       m.TrustHash,
+		Nonces:     s.settings.Nonces,
+		Send:       s.sendUDP,
+		Signal:     s.sendSignal,
+		OnPath:     func(p punch.Path) { s.endpoints.set(p); s.ring() },
+		OnCandidates: func(list []punch.Candidate) {
+			s.control.setCandidates(list)
+			s.ring()
+		},
+		Activity:  s.activity,
+		Forbidden: s.forbidden,
+		Log:       s.log,
+	})
+	if err != nil {
+		return fmt.Errorf("start the punching agent: %w", err)
+	}
+	return nil
+}
+
+func (s *session) newControl(m *membership) {
+	s.control = &control{
+		device: s.keys.Device,
+		nonce:  s.settings.Nonces[0],
+		servers: func() []string {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return serverList(s.settings.Server, m.Servers, s.roster.mesh.State().Servers)
+		},
+		verify: func(pin trust.Hash) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return pinned(s.roster.mesh)(pin)
+		},
+		onWelcome: s.welcome,
+		onEvent:   s.event,
+		onState:   s.connection,
+		log:       s.log,
+		kick:      make(chan struct{}, 1),
+		outbox:    make(chan coord.Report, outboxSize),
+	}
+}
+
+// pinned accepts the keys that the mesh's State names.
+func pinned(mesh *trust.Mesh) func(trust.Hash) error {
+	return func(pin trust.Hash) error {
+		if !mesh.PinOK(pin) {
+			return errors.New("this key is not one of the mesh's servers")
+		}
+		return nil
+	}
+}
+
+// serverList is the servers to try: the one that was asked for first.
+func serverList(first string, lists ...[]string) []string {
+	var all []string
+	seen := map[string]bool{"": true}
+	for _, l := range append([][]string{{first}}, lists...) {
+		for _, a := range l {
+			if !seen[a] {
+				seen[a] = true
+				all = append(all, a)
+			}
+		}
+	}
+	return all
+}
+
+// openDevice makes the interface. A mesh prefix that overlaps a local network
+// is not routed: the overlay's IPv6 addresses work all the same.
+func (s *session) openDevice(cfg Config) error {
+	genesis, state := s.roster.mesh.Genesis(), s.roster.mesh.State()
+	routes := []netip.Prefix{genesis.ULA}
+	if len(s.overlaps()) == 0 {
+		routes = append(routes, state.Prefix4)
+	}
+	dev, err := tun.Open(tun.Config{
+		Name:       s.settings.Interface,
+		PrivateKey: s.keys.WireGuard,
+		Port:       uint16(s.settings.ListenPort),
+		MTU:        s.settings.MTU,
+		Addrs:      []netip.Prefix{host(s.self.IP4), host(s.self.IP6)},
+		Routes:     routes,
+		Mesh:       []netip.Prefix{genesis.ULA, state.Prefix4},
+		Offloads:   cfg.Offloads,
+		Receive:    s.agent.Receive,
+		Demand:     func(k tun.Key) { s.agent.Demand(punch.Key(k)) },
+		Log:        cfg.Log,
+	})
+	if err != nil {
+		return err
+	}
+	s.dev.Store(dev)
+	return nil
+}
+
+// overlaps names the local networks that the mesh's IPv4 prefix covers.
+func (s *session) overlaps() []string {
+	list, err := tun.Overlaps(s.roster.mesh.State().Prefix4, s.settings.Interface)
+	if err != nil {
+		s.log.Warn("local networks not checked", "err", err)
+	}
+	return list
+}
+
+func (s *session) sendUDP(b []byte, to netip.AddrPort, ttl int) error {
+	dev := s.dev.Load()
+	if dev == nil {
+		return errNoDevice
+	}
+	return dev.Send(b, to, ttl)
+}
+
+var errNoDevice = errors.New("the interface is not open yet")
+
+func (s *session) sendSignal(to punch.Key, sealed []byte) error {
+	s.mu.Lock()
+	m, ok := s.roster.device(to)
+	s.mu.Unlock()
+	if !ok || !m.node.Online {
+		return errNoServer
+	}
+	return s.control.signal(m.node.Device, sealed)
+}
+
+func (s *session) activity(k punch.Key) punch.Activity {
+	sent, received := s.dev.Load().Activity(tun.Key(k))
+	return punch.Activity{Sent: sent, Received: received}
+}
+
+// forbidden keeps checks away from the mesh's own prefixes and the server.
+func (s *session) forbidden(a netip.AddrPort) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.servers[a] ||
+		s.roster.mesh.Genesis().ULA.Contains(a.Addr()) ||
+		s.roster.mesh.State().Prefix4.Contains(a.Addr())
+}
+
+// run holds the session together until ctx ends, then takes it down.
+func (s *session) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	dev := s.dev.Load()
+	g.Go(func() error { return dev.Run(ctx) })
+	g.Go(func() error { return s.agent.Run(ctx) })
+	g.Go(func() error { return s.control.run(ctx) })
+	g.Go(func() error { return s.endpoints.run(ctx) })
+	g.Go(func() error { return s.keepCache(ctx) })
+	g.Go(func() error {
+		return tun.Watch(ctx, func() {
+			if err := s.linkChanged(); err != nil {
+				s.log.Warn("local addresses not read", "err", err)
+			}
+		})
+	})
+	err := g.Wait()
+	s.saveCache()
+	return errors.Join(err, dev.Close())
+}
+
+// linkChanged looks at the machine's addresses again.
+func (s *session) linkChanged() error {
+	addrs, err := tun.HostAddrs()
+	if err != nil {
+		return fmt.Errorf("list local addresses: %w", err)
+	}
+	s.agent.SetLocal(addrs, s.dev.Load().Port())
+	s.control.networkChanged()
+	return nil
+}
+
+// welcome starts gathering on the server that was just reached.
+func (s *session) welcome(w *coord.Welcome, server netip.AddrPort, key []byte) {
+	var list []punch.Server
+	s.mu.Lock()
+	clear(s.servers)
+	s.servers[server] = true
+	for _, port := range w.STUN {
+		a := netip.AddrPortFrom(server.Addr(), port)
+		s.servers[a] = true
+		list = append(list, punch.Server{Addr: a, Username: w.Session, Key: key})
+	}
+	s.mu.Unlock()
+	s.agent.SetServers(list)
+	s.connection(nil)
+	if skew := time.Since(w.Time); skew.Abs() > 5*time.Minute {
+		s.log.Warn("this clock and the server's differ", "by", skew.Round(time.Second))
+	}
+}
+
+// event takes in what the server says.
+func (s *session) event(e coord.Event) {
+	switch {
+	case e.Netmap != nil:
+		s.netmap(e.Netmap, true)
+	case e.Delta != nil:
+		s.netmap(e.Delta, false)
+	case e.Signal != nil:
+		s.signal(e.Signal)
+	}
+}
+
+// netmap makes what the server says of the members real, as far as it verifies.
+func (s *session) netmap(m *coord.Netmap, whole bool) {
+	s.mu.Lock()
+	gone, changed := s.roster.apply(m, whole)
+	list := s.roster.peers(s.own)
+	s.dirty = true
+	s.synced = s.synced || whole
+	s.mu.Unlock()
+	s.configure(list, gone, changed)
+	s.ring()
+}
+
+// configure hands the peers to wireguard-go first, so that every path finds
+// its peer there.
+func (s *session) configure(list []tun.Peer, gone []punch.Key, changed []punch.Peer) {
+	for _, k := range gone {
+		s.agent.RemovePeer(k)
+	}
+	if err := s.dev.Load().SetPeers(list); err != nil {
+		s.log.Warn("peers not configured", "err", err)
+	}
+	for _, k := range gone {
+		s.endpoints.forget(k)
+	}
+	for _, p := range changed {
+		s.agent.SetPeer(p)
+	}
+}
+
+func (s *session) signal(g *coord.Signal) {
+	s.mu.Lock()
+	m := s.roster.members[g.Peer]
+	s.mu.Unlock()
+	if m == nil {
+		return
+	}
+	if err := s.agent.HandleSignal(punch.Key(m.cert.WireGuard), g.Data); err != nil {
+		s.log.Debug("signal dropped", "peer", m.cert.Name, "err", err)
+	}
+}
+
+// connection notes whether the server is reached; nil means that it is.
+func (s *session) connection(err error) {
+	s.mu.Lock()
+	s.online, s.trouble = err == nil, err
+	s.mu.Unlock()
+	s.ring()
+}
+
+// ring wakes whoever waits for the session to change.
+func (s *session) ring() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.change)
+	s.change = make(chan struct{})
+}
+
+// wait returns when done does or ctx ends; done is called with mu held.
+func (s *session) wait(ctx context.Context, done func() bool) bool {
+	for {
+		s.mu.Lock()
+		ok, change := done(), s.change
+		s.mu.Unlock()
+		if ok {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-change:
+		}
+	}
+}

@@ -1,0 +1,276 @@
+package overlay
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+	"overlay/punch"
+)
+
+// The files of the state directory, all 0600.
+const (
+	keysFile     = "keys.json"     // private keys
+	meshFile     = "mesh.json"     // membership: the signed documents
+	settingsFile = "settings.json" // flags that were given, port, nonces
+	netmapFile   = "netmap.json"   // cache: may be lost
+)
+
+// keys are the private keys of this device. Root, Signer and Founding exist
+// only where a mesh was founded.
+type keys struct {
+	Device    ed25519.PrivateKey `json:"device"`
+	WireGuard wgtypes.Key        `json:"wireguard"`
+	Root      ed25519.PrivateKey `json:"root,omitempty"`
+	Signer    ed25519.PrivateKey `json:"signer,omitempty"`
+	Founding  *founding          `json:"founding,omitempty"`
+}
+
+// founding is what the owner's device drew before it spoke to the server, so
+// that a repeat signs the same documents.
+type founding struct {
+	MeshID  [16]byte     `json:"meshId"`
+	ULA     netip.Prefix `json:"ula"`
+	Prefix4 netip.Prefix `json:"prefix4"`
+	At      time.Time    `json:"at"`
+}
+
+// settings are the flags of `overlay up`, remembered, and what was drawn once.
+type settings struct {
+	Name       string         `json:"name,omitempty"`
+	Server     string         `json:"server,omitempty"`
+	Interface  string         `json:"interface"`
+	MTU        int            `json:"mtu"`
+	ListenPort int            `json:"listenPort"`
+	Nonces     [2]punch.Nonce `json:"nonces"`
+	NonceTime  time.Time      `json:"nonceTime"`
+}
+
+// cache is the last netmap and the paths that worked, for a start without the
+// server.
+type cache struct {
+	State       trust.Document             `json:"state,omitempty"`
+	Revocations []trust.Document           `json:"revocations,omitempty"`
+	Nodes       []coord.Node               `json:"nodes"`
+	Paths       map[string]punch.Candidate `json:"paths"` // by WireGuard key
+}
+
+// store is the state directory.
+type store struct{ dir string }
+
+// open makes the directory and refuses one that others can read keys in.
+func (s store) open() error {
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		if errors.Is(err, fs.ErrPermission) {
+			return fail(Permission, "run it with sudo", "cannot use the state directory %s: permission denied", s.dir)
+		}
+		return s.saveError(err)
+	}
+	for _, name := range []string{keysFile, meshFile, settingsFile} {
+		if err := s.checkMode(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s store) checkMode(name string) error {
+	path := filepath.Join(s.dir, name)
+	fi, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return fail(Permission, "run it with sudo", "cannot read %s: permission denied", path)
+	}
+	if err != nil {
+		return fmt.Errorf("look at %s: %w", path, err)
+	}
+	if fi.Mode().Perm()&0o077 != 0 {
+		return fail(Failure, "chmod 600 "+path,
+			"%s is readable by others (%04o); it holds this machine's identity", path, fi.Mode().Perm())
+	}
+	return nil
+}
+
+// load reads a file into v; ok is false when there is none.
+func (s store) load(name string, v any) (ok bool, err error) {
+	path := filepath.Join(s.dir, name)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return false, fail(Permission, "run it with sudo", "cannot read %s: permission denied", path)
+	}
+	if err != nil {
+		return false, fmt.Errorf("read %s: %w", path, err)
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return false, fail(Failure, "restore it from a backup, or give this identity up and join again: overlay leave",
+			"state file %s is damaged%s", path, where(err))
+	}
+	return true, nil
+}
+
+func where(err error) string {
+	if e, ok := errors.AsType[*json.SyntaxError](err); ok {
+		return fmt.Sprintf(" at byte %d", e.Offset)
+	}
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		return fmt.Sprintf(" at byte %d", e.Offset)
+	}
+	return ": " + err.Error()
+}
+
+// save replaces a file: write, fsync, rename, fsync of the folder.
+func (s store) save(name string, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", name, err)
+	}
+	path := filepath.Join(s.dir, name)
+	tmp := path + ".new"
+	if err := writeSync(tmp, append(b, '\n')); err != nil {
+		_ = os.Remove(tmp)
+		return s.saveError(err)
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return s.saveError(err)
+	}
+	return s.syncDir()
+}
+
+func writeSync(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func (s store) syncDir() error {
+	d, err := os.Open(s.dir)
+	if err != nil {
+		return s.saveError(err)
+	}
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		return s.saveError(err)
+	}
+	return nil
+}
+
+func (s store) saveError(err error) error {
+	hint := "look at the disk, then run it again"
+	if errors.Is(err, syscall.ENOSPC) {
+		hint = "free some space there, then run it again"
+	}
+	cause := err
+	for u := errors.Unwrap(cause); u != nil; u = errors.Unwrap(cause) {
+		cause = u
+	}
+	if e, ok := errors.AsType[syscall.Errno](err); ok {
+		cause = e
+	}
+	return fail(Failure, hint, "cannot save state in %s: %v", s.dir, cause)
+}
+
+// forget deletes everything this device is.
+func (s store) forget() error {
+	var errs []error
+	for _, name := range []string{keysFile, meshFile, settingsFile, netmapFile} {
+		if err := os.Remove(filepath.Join(s.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(append(errs, s.syncDir())...)
+}
+
+// loadKeys gives the device's keys, drawing and saving them the first time.
+func (s store) loadKeys() (*keys, error) {
+	var k keys
+	ok, err := s.load(keysFile, &k)
+	if err != nil {
+		return nil, err
+	}
+	if ok {
+		if len(k.Device) != ed25519.PrivateKeySize || k.WireGuard == (wgtypes.Key{}) {
+			return nil, fail(Failure, "restore it from a backup, or give this identity up and join again: overlay leave",
+				"state file %s is damaged: a key is missing", filepath.Join(s.dir, keysFile))
+		}
+		return &k, nil
+	}
+	_, k.Device, err = ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("make the device key: %w", err)
+	}
+	if k.WireGuard, err = wgtypes.GeneratePrivateKey(); err != nil {
+		return nil, fmt.Errorf("make the wireguard key: %w", err)
+	}
+	return &k, s.save(keysFile, &k)
+}
+
+// found draws what only the founder of a mesh has, once.
+func (s store) found(k *keys, avoid []netip.Prefix) error {
+	if k.Founding != nil {
+		return nil
+	}
+	var err error
+	if _, k.Root, err = ed25519.GenerateKey(rand.Reader); err != nil {
+		return fmt.Errorf("make the root key: %w", err)
+	}
+	if _, k.Signer, err = ed25519.GenerateKey(rand.Reader); err != nil {
+		return fmt.Errorf("make the signer key: %w", err)
+	}
+	f := &founding{At: time.Now().UTC().Truncate(time.Second)}
+	if _, err = rand.Read(f.MeshID[:]); err != nil {
+		return fmt.Errorf("draw the mesh id: %w", err)
+	}
+	f.ULA, f.Prefix4 = coord.DrawPrefixes(rand.Reader, avoid)
+	k.Founding = f
+	return s.save(keysFile, k)
+}
+
+// Random ports are drawn below the kernel's ephemeral range and away from the
+// ports that WireGuard and other overlays use.
+const firstPort, portCount = 20000, 12000
+
+// nonceLife is how long a nonce is published before a start draws a new one.
+const nonceLife = 24 * time.Hour
+
+// loadSettings gives the saved settings with defaults filled in.
+func (s store) loadSettings(now time.Time) (*settings, error) {
+	c := settings{Interface: DefaultInterface, MTU: DefaultMTU}
+	if _, err := s.load(settingsFile, &c); err != nil {
+		return nil, err
+	}
+	if c.ListenPort == 0 {
+		n, err := rand.Int(rand.Reader, big.NewInt(portCount))
+		if err != nil {
+			return nil, fmt.Errorf("draw a port: %w", err)
+		}
+		c.ListenPort = firstPort + int(n.Int64())
+	}
+	if age := now.Sub(c.NonceTime); age > nonceLife || age < 0 {
+		c.Nonces[1] = c.Nonces[0]
+		if _, err := rand.Read(c.Nonces[0][:]); err != nil {
+			return nil, fmt.Errorf("draw a nonce: %w", err)
+		}
+		c.NonceTime = now.UTC()
+	}
+	return &c, nil
+}

@@ -1,0 +1,163 @@
+package overlay
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"overlay/punch"
+	"overlay/tun"
+)
+
+// status is this node's view; full is for root: keys and endpoints.
+func (s *session) status(full bool) (Status, error) {
+	stats, err := s.dev.Load().Stats()
+	if err != nil {
+		return Status{}, fmt.Errorf("read the peers' counters: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := Status{Schema: 1, Self: s.selfStatus(full), Peers: []PeerStatus{}}
+	for _, m := range s.roster.members {
+		st.Peers = append(st.Peers, s.peerStatus(m, stats[tun.Key(m.cert.WireGuard)], full))
+	}
+	slices.SortFunc(st.Peers, func(a, b PeerStatus) int { return cmp.Compare(a.Name, b.Name) })
+	return st, nil
+}
+
+func (s *session) selfStatus(full bool) SelfStatus {
+	self := SelfStatus{
+		Name: s.self.Name, IPv4: s.self.IP4, IPv6: s.self.IP6, Online: s.online,
+		Mesh: s.roster.mesh.State().Name, Interface: s.settings.Interface,
+	}
+	if !s.online {
+		self.Trouble = troubleText(s.trouble)
+	}
+	if full {
+		self.PublicKey = tun.Key(s.self.WireGuard).String()
+		self.Server = strings.Join(s.roster.mesh.State().Servers, ",")
+	}
+	return self
+}
+
+func (s *session) peerStatus(m *member, st tun.Stats, full bool) PeerStatus {
+	k := punch.Key(m.cert.WireGuard)
+	p := PeerStatus{
+		Name: m.cert.Name, IPv4: m.cert.IP4, IPv6: m.cert.IP6, Online: m.node.Online,
+		RxBytes: st.RxBytes, TxBytes: st.TxBytes, Path: s.pathStatus(k, full),
+	}
+	if path, ok := s.agent.Path(k); ok && p.Path.Kind == "direct" {
+		p.RTTms = milliseconds(path.RTT)
+	}
+	if !st.LastHandshake.IsZero() {
+		at := st.LastHandshake.UTC()
+		p.LastHandshake = &at
+	}
+	if full {
+		p.PublicKey = tun.Key(k).String()
+	}
+	return p
+}
+
+func (s *session) pathStatus(k punch.Key, full bool) PathStatus {
+	path, ok := s.endpoints.path(k)
+	if !ok {
+		return PathStatus{Kind: "none"}
+	}
+	st := PathStatus{Kind: "direct", Via: via(path.Type)}
+	if full {
+		st.Endpoint = path.Addr.String()
+	}
+	return st
+}
+
+func milliseconds(d time.Duration) *float64 {
+	ms := float64(d.Round(10*time.Microsecond)) / float64(time.Millisecond)
+	return &ms
+}
+
+// peersText is the last progress line of up.
+func (s *session) peersText() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var online []string
+	for _, m := range s.roster.members {
+		if !m.node.Online {
+			continue
+		}
+		text := m.cert.Name + " (no path yet)"
+		if p, ok := s.endpoints.path(punch.Key(m.cert.WireGuard)); ok {
+			text = fmt.Sprintf("%s (direct %s, %s)", m.cert.Name, p.Addr, p.RTT.Round(100*time.Microsecond))
+		}
+		online = append(online, text)
+	}
+	slices.Sort(online)
+	if len(online) == 0 {
+		return fmt.Sprintf("none online, %d known", len(s.roster.members))
+	}
+	const most = 5
+	if len(online) > most {
+		return fmt.Sprintf("%d online: %s and %d more", len(online), strings.Join(online[:most], ", "), len(online)-most)
+	}
+	return fmt.Sprintf("%d online: %s", len(online), strings.Join(online, ", "))
+}
+
+// find looks a member up by name or overlay address.
+func (s *session) find(name string) (*member, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	names := make([]string, 0, len(s.roster.members))
+	for _, m := range s.roster.members {
+		if m.cert.Name == name || m.cert.IP4.String() == name || m.cert.IP6.String() == name {
+			return m, nil
+		}
+		names = append(names, m.cert.Name)
+	}
+	return nil, UnknownPeer(name, names)
+}
+
+// UnknownPeer is the error for a name that nobody has, with the nearest of the
+// names that exist.
+func UnknownPeer(name string, names []string) error {
+	best, distance := "", 3
+	slices.Sort(names)
+	for _, n := range names {
+		if d := editDistance(name, n); d < distance || strings.HasPrefix(n, name) && best == "" {
+			best, distance = n, d
+		}
+	}
+	if best == "" {
+		return fail(Usage, "see: overlay status", "no node %q", name)
+	}
+	return fail(Usage, "see: overlay status", "no node %q; did you mean %q?", name, best)
+}
+
+// editDistance counts the insertions, deletions, replacements and swaps of
+// neighbours between two names.
+func editDistance(a, b string) int {
+	if len(a) > 255 || len(b) > 255 {
+		return 255
+	}
+	var before, prev []int
+	cur := make([]int, len(b)+1)
+	for j := range cur {
+		cur[j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		before, prev, cur = prev, cur, make([]int, len(b)+1)
+		cur[0] = i
+		for j := 1; j <= len(b); j++ {
+			change := 1
+			if a[i-1] == b[j-1] {
+				change = 0
+			}
+			cur[j] = min(prev[j]+1, cur[j-1]+1, prev[j-1]+change)
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				cur[j] = min(cur[j], before[j-2]+1)
+			}
+		}
+	}
+	return cur[len(b)]
+}

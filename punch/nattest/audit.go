@@ -1,0 +1,157 @@
+package nattest
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pion/stun/v2"
+)
+
+// The limits that hold for every agent until an address answers.
+const (
+	maxPerEndpoint = 20  // packets per second to one address and port
+	maxPerAddress  = 100 // packets per second to one address
+	maxFaults      = 10
+)
+
+// audit holds what one agent sends against the law: where it must never send,
+// how fast, and openers before full TTL.
+type audit struct {
+	servers   []netip.AddrPort
+	forbidden func(netip.AddrPort) bool
+
+	mu        sync.Mutex
+	local     []netip.Prefix
+	answered  map[netip.AddrPort]bool // sent a success response
+	heard     map[netip.AddrPort]bool // sent anything
+	opened    map[netip.AddrPort]bool // got an opener from us
+	endpoints map[netip.AddrPort][]time.Time
+	addresses map[netip.Addr][]time.Time
+	checks    uint64 // packets to elsewhere than the servers
+	faults    []string
+}
+
+func newAudit(servers []netip.AddrPort, forbidden func(netip.AddrPort) bool) *audit {
+	return &audit{servers: servers, forbidden: forbidden}
+}
+
+// attach begins anew in a network where the own addresses are local.
+func (a *audit) attach(local []netip.Prefix) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.local = local
+	a.answered = map[netip.AddrPort]bool{}
+	a.heard = map[netip.AddrPort]bool{}
+	a.opened = map[netip.AddrPort]bool{}
+	a.endpoints = map[netip.AddrPort][]time.Time{}
+	a.addresses = map[netip.Addr][]time.Time{}
+}
+
+func (a *audit) received(b []byte, from netip.AddrPort) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.heard[from] = true
+	if messageType(b) == stun.BindingSuccess {
+		a.answered[from] = true
+	}
+}
+
+// sent judges one packet of the agent.
+func (a *audit) sent(b []byte, to netip.AddrPort, ttl int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if slices.Contains(a.servers, to) {
+		a.sentToServer(b, to)
+		return
+	}
+	a.checks++
+	if unprobable(to) || a.forbidden(to) {
+		a.fault("packet to forbidden address %s", to)
+	}
+	if ttl != 0 {
+		a.opened[to] = true
+	} else if a.distant(to.Addr()) && !a.opened[to] && !a.heard[to] && messageType(b) == stun.BindingRequest {
+		a.fault("full TTL to %s before an opener", to)
+	}
+	if a.answered[to] {
+		return
+	}
+	now := time.Now()
+	if n := count(a.endpoints, to, now); n > maxPerEndpoint {
+		a.fault("%d packets within a second to %s, which never answered", n, to)
+	}
+	if n := count(a.addresses, to.Addr(), now); n > maxPerAddress {
+		a.fault("%d packets within a second to %s", n, to.Addr())
+	}
+}
+
+// sentToServer judges a packet to a STUN server: only Binding requests with
+// the server's session go there, never checks of a candidate.
+func (a *audit) sentToServer(b []byte, to netip.AddrPort) {
+	m := &stun.Message{Raw: slices.Clone(b)}
+	if m.Decode() != nil || m.Type != stun.BindingRequest {
+		a.fault("packet to server %s is no Binding request", to)
+		return
+	}
+	if name, err := m.Get(stun.AttrUsername); err != nil || len(name) != sessionNameLen {
+		a.fault("check sent to server %s", to)
+	}
+	if n := count(a.endpoints, to, time.Now()); n > maxPerEndpoint {
+		a.fault("%d packets within a second to server %s", n, to)
+	}
+}
+
+// report adds a fault that is not about a packet.
+func (a *audit) report(text string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.fault("%s", text)
+}
+
+func (a *audit) broken() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.faults)
+}
+
+func (a *audit) fault(format string, args ...any) {
+	if len(a.faults) < maxFaults {
+		a.faults = append(a.faults, fmt.Sprintf(format, args...))
+	}
+}
+
+// count adds a packet at now and returns how many were sent in the last second.
+func count[K comparable](sent map[K][]time.Time, to K, now time.Time) int {
+	kept := slices.DeleteFunc(sent[to], func(at time.Time) bool { return now.Sub(at) >= time.Second })
+	sent[to] = append(kept, now)
+	return len(sent[to])
+}
+
+func messageType(b []byte) stun.MessageType {
+	m := &stun.Message{Raw: slices.Clone(b)}
+	if m.Decode() != nil {
+		return stun.MessageType{}
+	}
+	return m.Type
+}
+
+// unprobable says that nothing may ever be sent there.
+func unprobable(ap netip.AddrPort) bool {
+	a := ap.Addr()
+	broadcast := a.Is4() && a.As4()[0] >= 240
+	return ap.Port() == 0 || a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || broadcast
+}
+
+// distant says that an address is reached across the Internet, if at all.
+func (a *audit) distant(addr netip.Addr) bool {
+	onLink := slices.ContainsFunc(a.local, func(p netip.Prefix) bool { return p.Contains(addr) })
+	return !onLink && global(addr)
+}
+
+func global(a netip.Addr) bool {
+	carrier := netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64}), 10)
+	return !a.IsPrivate() && !a.IsLinkLocalUnicast() && !carrier.Contains(a)
+}

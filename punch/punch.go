@@ -101,10 +101,12 @@ type Config struct {
 	OnPath func(Path)
 	// OnCandidates is called when the own candidates changed.
 	OnCandidates func([]Candidate)
-	// Activity reports a peer's counters; nil: always zero.
+	// Activity reports a peer's counters; nil: always zero. It is called without
+	// locks held.
 	Activity func(Key) Activity
 	// Forbidden says that an address must never be probed (mesh prefixes, the
-	// server's address-and-port pairs). nil: only the built-in rules hold.
+	// server's address-and-port pairs). nil: only the built-in rules hold. It is
+	// called with locks held and must not call the agent.
 	Forbidden func(netip.AddrPort) bool
 
 	Log *slog.Logger // nil: silent

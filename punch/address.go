@@ -1,0 +1,113 @@
+package punch
+
+import "net/netip"
+
+// plain removes what makes two spellings of one address differ.
+func plain(addr netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
+}
+
+// probeable reports whether packets may be sent to an address that somebody
+// else named.
+func probeable(addr netip.AddrPort) bool {
+	ip := addr.Addr()
+	switch {
+	case !ip.IsValid(), addr.Port() == 0, ip.Is4In6():
+		return false
+	case ip.IsUnspecified(), ip.IsLoopback(), ip.IsMulticast():
+		return false
+	case ip.IsLinkLocalUnicast() && ip.Zone() == "":
+		return false
+	}
+	if ip.Is4() {
+		first := ip.As4()[0]
+		return first != 0 && first < 240
+	}
+	return true
+}
+
+// private reports whether an address means something only inside one site or
+// one carrier.
+func private(ip netip.Addr) bool {
+	return ip.IsPrivate() || ip.IsLinkLocalUnicast() || carrierGrade(ip)
+}
+
+// carrierGrade reports whether ip is in 100.64.0.0/10 (RFC 6598).
+func carrierGrade(ip netip.Addr) bool {
+	if !ip.Is4() {
+		return false
+	}
+	b := ip.As4()
+	return b[0] == 100 && b[1]&0xc0 == 64
+}
+
+// broadcast reports whether ip is the directed broadcast address of prefix.
+func broadcast(prefix netip.Prefix, ip netip.Addr) bool {
+	if !ip.Is4() || prefix.Bits() > 30 || !prefix.Contains(ip) {
+		return false
+	}
+	b := ip.As4()
+	for bit := prefix.Bits(); bit < 32; bit++ {
+		if b[bit/8]&(0x80>>(bit%8)) == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// onLink reports whether ip is reached without a router.
+func (a *Agent) onLink(ip netip.Addr) bool {
+	for _, prefix := range a.local {
+		if prefix.Contains(ip) {
+			return true
+		}
+	}
+	return false
+}
+
+// near reports whether no NAT stands before addr, so that a check can do no harm
+// there and need not wait.
+func (a *Agent) near(addr netip.AddrPort) bool {
+	return private(addr.Addr()) || a.onLink(addr.Addr())
+}
+
+// allowed reports whether addr may be probed at all.
+func (a *Agent) allowed(addr netip.AddrPort) bool {
+	if !probeable(addr) || a.cfg.Forbidden != nil && a.cfg.Forbidden(addr) {
+		return false
+	}
+	for _, prefix := range a.local {
+		if broadcast(prefix, addr.Addr()) || prefix.Addr() == addr.Addr() && addr.Port() == a.port {
+			return false
+		}
+	}
+	return true
+}
+
+// eligible reports whether checks on a pair make sense now: private addresses
+// only where both sides are at the same site.
+func (a *Agent) eligible(p *peer, q *pair) bool {
+	if !a.allowed(q.addr) {
+		return false
+	}
+	ip := q.addr.Addr()
+	if q.valid || q.typ == PeerReflexive || !private(ip) || a.onLink(ip) {
+		return true
+	}
+	return a.samePublic(p)
+}
+
+// samePublic reports whether a server saw both of us at one address.
+func (a *Agent) samePublic(p *peer) bool {
+	for _, s := range a.servers {
+		if !s.mapped.IsValid() {
+			continue
+		}
+		for _, q := range p.pairs {
+			if q.typ == ServerReflexive && q.addr.Addr() == s.mapped.Addr() {
+				return true
+			}
+		}
+	}
+	return false
+}

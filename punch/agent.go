@@ -1,0 +1,368 @@
+package punch
+
+import (
+	"context"
+	"crypto/ecdh"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Agent finds and keeps the best path to every peer. Create it with New and give
+// it a goroutine with Run; all methods are safe for concurrent use, and none of
+// them blocks, except Run and Ping.
+type Agent struct {
+	cfg     Config
+	log     *slog.Logger
+	private *ecdh.PrivateKey
+	boot    uint64        // our boot id: the time of the start
+	wake    chan struct{} // Run has something to do
+
+	mu        sync.Mutex
+	peers     map[Key]*peer
+	users     map[user]*peer // who sends checks with this user name
+	sent      map[transactionID]transaction
+	addresses map[netip.Addr]*bucket
+	queue     queue
+
+	local   []netip.Prefix
+	port    uint16
+	servers []*server
+	own     []Candidate
+	told    []Candidate // what OnCandidates said last
+	tellAt  time.Time   // zero: nothing to tell
+
+	refreshes refresher
+
+	activeUntil time.Time     // some peer has traffic
+	moved       chan struct{} // closed and replaced at every change of a path
+	sends       []datagram    // to send after unlocking
+	effects     []func()      // to call in Run, in order
+}
+
+type datagram struct {
+	b   []byte
+	to  netip.AddrPort
+	ttl int
+}
+
+// transaction is a request that waits for its answer.
+type transaction struct {
+	peer   *peer   // nil: the request went to server
+	pair   *pair   // where to
+	server *server // where to
+	at     time.Time
+	ping   chan<- Path // nil: nobody waits
+}
+
+var (
+	errPrivateKey = errors.New("private key is zero")
+	errNoSend     = errors.New("no Send function")
+)
+
+// New returns an agent; it does nothing before Run. The error is a bad
+// configuration: a private key of zero, or no Send.
+func New(c Config) (*Agent, error) {
+	if c.PrivateKey == [32]byte{} {
+		return nil, fmt.Errorf("new agent: %w", errPrivateKey)
+	}
+	if c.Send == nil {
+		return nil, fmt.Errorf("new agent: %w", errNoSend)
+	}
+	private, err := ecdh.X25519().NewPrivateKey(c.PrivateKey[:])
+	if err != nil {
+		return nil, fmt.Errorf("new agent: read private key: %w", err)
+	}
+	a := &Agent{
+		cfg:       c,
+		log:       c.Log,
+		private:   private,
+		boot:      uint64(time.Now().UnixNano()),
+		wake:      make(chan struct{}, 1),
+		peers:     map[Key]*peer{},
+		users:     map[user]*peer{},
+		sent:      map[transactionID]transaction{},
+		addresses: map[netip.Addr]*bucket{},
+		moved:     make(chan struct{}),
+	}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	return a, nil
+}
+
+// Run does the agent's work until ctx ends; then it returns nil. The On
+// functions and Signal are called from it.
+func (a *Agent) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		a.loop(ctx)
+		return nil
+	})
+	return group.Wait()
+}
+
+func (a *Agent) loop(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.wake:
+		case <-timer.C:
+		}
+		next := a.turn(time.Now())
+		if next.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(time.Until(next))
+		}
+	}
+}
+
+// turn does what is due and tells when something is due again. Counters are read
+// without the lock, because they belong to the data plane.
+func (a *Agent) turn(now time.Time) time.Time {
+	a.mu.Lock()
+	due := a.queue.popDue(now)
+	a.mu.Unlock()
+
+	seen := make([]Activity, len(due))
+	if a.cfg.Activity != nil {
+		for i, p := range due {
+			seen[i] = a.cfg.Activity(p.key)
+		}
+	}
+
+	a.mu.Lock()
+	a.gather(now)
+	for i, p := range due {
+		if a.peers[p.key] != p {
+			continue
+		}
+		p.observe(seen[i], now)
+		if now.Before(p.activeUntil) {
+			a.activeUntil = later(a.activeUntil, p.activeUntil)
+		}
+		a.step(p, now)
+		if next := p.next(a, now); !next.IsZero() {
+			a.queue.set(p, later(next, now.Add(minStep)))
+		}
+	}
+	a.tell(now)
+	next := earliest(a.gatherNext(now), a.tellAt, a.queue.first())
+	sends, effects := a.take(), a.effects
+	a.effects = nil
+	a.mu.Unlock()
+
+	a.perform(sends)
+	for _, effect := range effects {
+		effect()
+	}
+	return next
+}
+
+// take returns the datagrams to send once the lock is released.
+func (a *Agent) take() []datagram {
+	sends := a.sends
+	a.sends = nil
+	return sends
+}
+
+func (a *Agent) perform(sends []datagram) {
+	for _, d := range sends {
+		if err := a.cfg.Send(d.b, d.to, d.ttl); err != nil {
+			a.log.Debug("send failed", "to", d.to, "err", err)
+		}
+	}
+}
+
+// schedule has Run look at p at the given time.
+func (a *Agent) schedule(p *peer, at time.Time) {
+	a.queue.set(p, at)
+	a.notify()
+}
+
+func (a *Agent) notify() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// minStep is the shortest time between two steps of a peer without an event.
+const minStep = time.Millisecond
+
+func later(x, y time.Time) time.Time {
+	if x.After(y) {
+		return x
+	}
+	return y
+}
+
+// earliest returns the first of some times; zero ones mean never.
+func earliest(times ...time.Time) time.Time {
+	var first time.Time
+	for _, t := range times {
+		if first.IsZero() || !t.IsZero() && t.Before(first) {
+			first = t
+		}
+	}
+	return first
+}
+
+// SetPeer adds or updates a peer. A peer whose key is not usable or who has more
+// than MaxCandidates is refused and logged.
+func (a *Agent) SetPeer(info Peer) {
+	if len(info.Candidates) > MaxCandidates {
+		a.log.Warn("peer refused: too many candidates", "candidates", len(info.Candidates))
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := time.Now()
+	p := a.peers[info.Key]
+	if p == nil {
+		var err error
+		if p, err = a.newPeer(info.Key); err != nil {
+			a.log.Warn("peer refused", "err", err)
+			return
+		}
+		p.setNonce(info.Nonce)
+		a.peers[info.Key] = p
+	} else if info.Nonce != p.published || info.Online && !p.online {
+		p.setNonce(info.Nonce)
+		p.wantProbe, p.wantCall = true, true
+	}
+	p.published = info.Nonce
+	p.wantCall = p.wantCall || info.Online && !p.online
+	p.online = info.Online
+	if a.setCandidates(p, slices.Clone(info.Candidates), published) {
+		p.wantCall = p.wantCall || p.wanted(now)
+	}
+	a.schedule(p, now)
+}
+
+// RemovePeer forgets a peer and its paths.
+func (a *Agent) RemovePeer(k Key) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := a.peers[k]
+	if p == nil {
+		return
+	}
+	for _, q := range p.pairs {
+		a.forget(q)
+	}
+	for _, name := range p.users {
+		delete(a.users, name)
+	}
+	a.queue.remove(p)
+	delete(a.peers, k)
+}
+
+// Demand says that data waits for a peer, or that traffic to it starts after a
+// pause. It is cheap and may be called for every packet.
+func (a *Agent) Demand(k Key) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := a.peers[k]
+	now := time.Now()
+	if p == nil || now.Sub(p.demanded) < demandInterval {
+		return
+	}
+	pause := now.Sub(p.demanded) > demandPause
+	p.demanded = now
+	p.activeUntil = now.Add(activeFor)
+	a.activeUntil = later(a.activeUntil, p.activeUntil)
+	switch {
+	case p.selected == nil:
+		p.wantCall = p.wantCall || pause
+	case now.Sub(p.received) > consentInterval:
+		p.wantProbe = true
+	}
+	a.schedule(p, now)
+}
+
+// NetworkChanged says that links, addresses or routes changed: every path is
+// suspect, every server is asked and every peer is called again, at once.
+func (a *Agent) NetworkChanged() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.networkChanged(time.Now())
+}
+
+func (a *Agent) networkChanged(now time.Time) {
+	for _, s := range a.servers {
+		s.fresh = false
+	}
+	a.startGather(now)
+	for _, p := range a.peers {
+		for _, q := range p.pairs {
+			a.forget(q)
+			q.suspect = true
+			q.sent = time.Time{}
+		}
+		p.series = time.Time{}
+		p.backoff = 0
+		p.uncertain = true
+		if p.selected != nil {
+			p.suspectSince = now
+		}
+		if p.wanted(now) || p.selected != nil {
+			p.wantCall = true
+			a.queue.set(p, now)
+		}
+	}
+	a.notify()
+}
+
+// SetLocal tells the addresses of the real interfaces and our UDP port. A change
+// is a change of the network.
+func (a *Agent) SetLocal(addrs []netip.Prefix, port uint16) {
+	local := make([]netip.Prefix, 0, len(addrs))
+	for _, prefix := range addrs {
+		ip := prefix.Addr().Unmap()
+		if ip.IsGlobalUnicast() {
+			bits := prefix.Bits()
+			if prefix.Addr().Is4In6() {
+				bits -= 96
+			}
+			local = append(local, netip.PrefixFrom(ip, bits))
+		}
+	}
+	slices.SortFunc(local, func(x, y netip.Prefix) int {
+		if c := x.Addr().Compare(y.Addr()); c != 0 {
+			return c
+		}
+		return x.Bits() - y.Bits()
+	})
+	local = slices.Compact(local)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if slices.Equal(local, a.local) && port == a.port {
+		return
+	}
+	a.local, a.port = local, port
+	now := time.Now()
+	a.refresh(now)
+	a.networkChanged(now)
+}
+
+// Path returns the path in use towards a peer.
+func (a *Agent) Path(k Key) (Path, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := a.peers[k]
+	if p == nil || p.selected == nil {
+		return Path{}, false
+	}
+	return p.path(), true
+}

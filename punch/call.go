@@ -1,0 +1,243 @@
+package punch
+
+import (
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/pion/stun/v2"
+)
+
+// Cadence of a round of checks on one pair: at once, then after 20, 60, 140,
+// 300, 620 and 1260 ms, each gap with 20 % jitter.
+const (
+	firstGap     = 20 * time.Millisecond
+	roundChecks  = 7
+	globalChecks = 4 // on an unverified global IPv6 host address, after the opener
+	openerTTL    = 2
+	openerPause  = time.Second // no second opener within
+	// maxHold is how long checks wait for the far side's NAT to be opened;
+	// shortHold when the peer could not be told.
+	maxHold   = time.Second
+	shortHold = 200 * time.Millisecond
+	// recallAfter is how soon a call is not repeated for the peer's sake.
+	recallAfter = time.Second
+	// openFor is how long a NAT surely stays open after a packet.
+	openFor = 20 * time.Second
+	// Back-off of calls while there is no path.
+	minBackoff = 5 * time.Second
+	maxBackoff = 60 * time.Second
+)
+
+// release lets checks go at full TTL: the far NAT was opened from inside.
+func (p *peer) release() {
+	if p.holdUntil.IsZero() {
+		return
+	}
+	for _, q := range p.pairs {
+		if q.next.Equal(p.holdUntil) {
+			q.next = p.series
+		}
+	}
+	p.holdUntil = time.Time{}
+}
+
+// held reports whether a check on q has to wait. A packet that reaches a far NAT
+// before the peer's own packet has left may occupy the very mapping the peer
+// needs. Verified pairs are exempt, unless the network changed and nothing flows
+// anyway.
+func (a *Agent) held(p *peer, q *pair, now time.Time) bool {
+	if !now.Before(p.holdUntil) || a.near(q.addr) {
+		return false
+	}
+	return !q.valid || q.suspect && p.uncertain && !p.active(now)
+}
+
+// call begins a round: openers towards public pairs, checks on near ones, and
+// the signal.
+func (a *Agent) call(p *peer, now time.Time) {
+	p.wantCall = false
+	if now.Sub(p.series) > 2*maxHold || p.series.IsZero() {
+		p.series = now
+		p.holdUntil = now.Add(maxHold)
+	}
+	p.called = now
+	p.calls++
+	p.backoff = min(max(p.backoff, minBackoff), maxBackoff)
+	p.retryAt = now.Add(p.backoff)
+	a.freshen(now)
+	a.open(p, now, false)
+	if a.cfg.Signal == nil {
+		a.unheard(p, p.calls)
+		return
+	}
+	a.signal(p, signalCall, now)
+}
+
+// open sends openers and starts the cadence on the pairs, or on those only that
+// were never part of a round.
+func (a *Agent) open(p *peer, now time.Time, untried bool) {
+	for _, q := range p.pairs {
+		if untried && q.tried || !a.eligible(p, q) || q.typ == PeerReflexive && !q.valid {
+			continue
+		}
+		opened := now.Sub(q.sent) < openerPause
+		if !a.near(q.addr) && !opened && (!q.valid || q.suspect) {
+			a.sendCheck(p, q, outgoing{now: now, ttl: openerTTL})
+		}
+		q.tried = true
+		q.attempt, q.next = 0, now
+		if a.held(p, q, now) {
+			q.next = p.holdUntil
+		}
+	}
+}
+
+// unheard shortens the hold of a call that could not be signalled.
+func (a *Agent) unheard(p *peer, calls int) {
+	if p.calls != calls || p.holdUntil.IsZero() {
+		return
+	}
+	until := p.called.Add(shortHold)
+	if !until.Before(p.holdUntil) {
+		return
+	}
+	for _, q := range p.pairs {
+		if q.next.Equal(p.holdUntil) {
+			q.next = until
+		}
+	}
+	p.holdUntil = until
+}
+
+// answerCall does what a call asks for. When the caller has not opened its NAT
+// towards our address of today, because it did not know it, it is called back
+// and our checks wait for it.
+func (a *Agent) answerCall(p *peer, now time.Time) {
+	p.wantAnswer = false
+	if !p.covered && now.Sub(p.called) > recallAfter && p.talk.ready(now, signalRate) {
+		a.call(p, now)
+		return
+	}
+	a.open(p, now, false)
+	a.signal(p, signalOpened, now)
+}
+
+// covered reports whether a peer that opened its NAT towards the given addresses
+// hears us at full TTL.
+func (a *Agent) covered(opened []netip.AddrPort) bool {
+	known := false
+	for _, s := range a.servers {
+		switch {
+		case s.fresh && slices.Contains(opened, s.mapped):
+			return true
+		case s.fresh || s.asking():
+			known = true
+		}
+	}
+	return !known
+}
+
+// signal seals and sends a message to a peer.
+func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
+	if a.cfg.Signal == nil || !p.talk.take(now, signalRate) {
+		return
+	}
+	p.counter++
+	s := signal{
+		kind:       kind,
+		boot:       a.boot,
+		counter:    p.counter,
+		nonce:      a.cfg.Nonces[0],
+		candidates: a.own,
+	}
+	for _, q := range p.pairs {
+		if !a.near(q.addr) && !q.sent.IsZero() && now.Sub(q.sent) < openFor {
+			s.opened = append(s.opened, q.addr)
+		}
+	}
+	sealed := p.secrets.seal(s.marshal())
+	calls := p.calls
+	a.effects = append(a.effects, func() {
+		err := a.cfg.Signal(p.key, sealed)
+		if err == nil {
+			return
+		}
+		a.log.Debug("signal failed", "peer", p, "err", err)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.unheard(p, calls)
+		a.schedule(p, time.Now())
+	})
+}
+
+// outgoing says how a check leaves.
+type outgoing struct {
+	now  time.Time
+	ttl  int         // 0: the default
+	ping chan<- Path // gets the answer; nil: nobody waits
+}
+
+// sendCheck sends a check on a pair if the limits allow it.
+func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
+	if !a.mayProbe(q, how.now) {
+		return
+	}
+	p.counter++
+	c := check{id: stun.NewTransactionID(), user: p.name, boot: a.boot, counter: p.counter}
+	b, err := c.marshal(p.secrets.check)
+	if err != nil {
+		a.log.Error("check not built", "err", err)
+		return
+	}
+	if len(q.waiting) >= maxOutstanding {
+		delete(a.sent, q.waiting[0])
+		q.waiting = q.waiting[1:]
+	}
+	q.waiting = append(q.waiting, c.id)
+	a.sent[c.id] = transaction{peer: p, pair: q, at: how.now, ping: how.ping}
+	a.post(p, q, datagram{b: b, to: q.addr, ttl: how.ttl}, how.now)
+}
+
+// post queues a datagram and notes that something was sent there.
+func (a *Agent) post(p *peer, q *pair, d datagram, now time.Time) {
+	a.sends = append(a.sends, d)
+	q.sent = now
+	if q == p.selected && d.ttl == 0 {
+		p.sentAt = now
+	}
+}
+
+// round sends the checks of the cadence that are due.
+func (a *Agent) round(p *peer, now time.Time) {
+	for _, q := range p.pairs {
+		if q.next.IsZero() || q.next.After(now) {
+			continue
+		}
+		if a.held(p, q, now) {
+			q.next = p.holdUntil
+			continue
+		}
+		checks := roundChecks
+		if q.typ == Host && !q.valid && q.addr.Addr().Is6() && !a.near(q.addr) {
+			checks = globalChecks
+		}
+		if q.attempt >= checks || q.settled() || !a.eligible(p, q) {
+			q.next = time.Time{}
+			continue
+		}
+		a.sendCheck(p, q, outgoing{now: now})
+		q.next = now.Add(jitter(firstGap<<q.attempt, 20))
+		q.attempt++
+	}
+}
+
+// settled reports whether enough is known of a pair for the choice of the path.
+func (q *pair) settled() bool { return q.valid && !q.suspect && q.samples >= minSamples }
+
+// jitter varies d by up to the given percentage both ways.
+func jitter(d time.Duration, percent int64) time.Duration {
+	spread := int64(d) * percent / 100
+	return d + time.Duration(rand.Int64N(2*spread+1)-spread)
+}

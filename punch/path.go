@@ -1,0 +1,367 @@
+package punch
+
+import (
+	"time"
+)
+
+const (
+	// tick is how often counters are read while there is traffic, and silence
+	// how long sending without receiving goes unquestioned.
+	tick    = 100 * time.Millisecond
+	silence = 100 * time.Millisecond
+	// activeFor is how long after the last traffic a peer counts as active.
+	activeFor = 10 * time.Second
+	// Demand: the shortest time between two that count, the pause after which
+	// traffic is new, and how long one is remembered.
+	demandInterval = 50 * time.Millisecond
+	demandPause    = 5 * time.Second
+	demandMemory   = time.Minute
+
+	// Consent to send (RFC 7675) and NAT keepalive.
+	consentInterval = 5 * time.Second
+	consentExpiry   = 30 * time.Second
+	keepalive       = 25 * time.Second
+
+	// A path is suspect when a check on it, repeated every RTT + probeGap, is
+	// unanswered for max(3·RTT, minDeadline).
+	minDeadline = 400 * time.Millisecond
+	probeGap    = 50 * time.Millisecond
+	// minMargin is how much later than the RTT an answer may come while another
+	// path has answered already.
+	minMargin = 30 * time.Millisecond
+	// quiet is how long a path is silent before the peer's use of another one
+	// means something.
+	quiet = 200 * time.Millisecond
+	// recent is how old the answer of a path may be that takes over.
+	recent = 15 * time.Second
+	// giveUp is how long calling may fail while data is sent into nothing.
+	giveUp = 5 * time.Second
+	// remember is how long a pair that stopped answering stays valid.
+	remember = 2 * time.Minute
+
+	// A path takes over when it is 10 % and minGain better in minSamples samples.
+	minGain    = 2 * time.Millisecond
+	minSamples = 3
+	// natCost is what a path that is not near has to be faster to be preferred.
+	natCost = 3 * time.Millisecond
+)
+
+// probe is a check on the selected path that must be answered.
+type probe struct {
+	began    time.Time // zero: none
+	again    time.Time
+	early    time.Time // from here another path that answered wins; zero: never
+	deadline time.Time
+}
+
+// observe takes the counters of the data plane.
+func (p *peer) observe(seen Activity, now time.Time) {
+	old, first := p.seen, p.observed.IsZero()
+	p.seen, p.observed = seen, now
+	if first || seen == old {
+		return
+	}
+	p.activeUntil = now.Add(activeFor)
+	if seen.Sent != old.Sent {
+		p.sentAt = now
+		if p.sendingFrom.IsZero() {
+			p.sendingFrom = now
+		}
+	}
+	if seen.Received != old.Received {
+		p.receive(now)
+		if !p.uncertain {
+			p.clear()
+		}
+	}
+}
+
+// receive notes an authenticated receipt.
+func (p *peer) receive(now time.Time) {
+	p.received = now
+	p.sendingFrom = time.Time{}
+}
+
+// clear lifts every suspicion from the selected path.
+func (p *peer) clear() {
+	p.probe = probe{}
+	p.uncertain = false
+	p.suspectSince = time.Time{}
+	if p.selected == nil {
+		return
+	}
+	p.selected.suspect = false
+	p.wantCall = false
+	p.backoff, p.retryAt = 0, time.Time{}
+}
+
+// step does what is due for a peer.
+func (a *Agent) step(p *peer, now time.Time) {
+	a.watch(p, now)
+	a.expire(p, now)
+	if p.wantAnswer {
+		a.answerCall(p, now)
+	}
+	if p.wantOpen {
+		p.wantOpen = false
+		a.open(p, now, true)
+	}
+	failing := p.selected == nil || p.selected.suspect
+	p.wantCall = p.wantCall && failing
+	if !p.retryAt.IsZero() && !now.Before(p.retryAt) {
+		p.retryAt = time.Time{}
+		if failing && p.wanted(now) {
+			p.backoff *= 2
+			p.wantCall = true
+		}
+	}
+	if p.wantCall && p.talk.ready(now, signalRate) {
+		a.call(p, now)
+	}
+	a.round(p, now)
+}
+
+// watch starts and drives the checks on the selected path.
+func (a *Agent) watch(p *peer, now time.Time) {
+	wanted := p.wantProbe
+	p.wantProbe = false
+	if p.selected == nil {
+		return
+	}
+	active := p.active(now)
+	silent := active && !p.sendingFrom.IsZero() && now.Sub(p.sendingFrom) >= silence
+	idle := !active && !a.near(p.selected.addr) && now.Sub(p.sentAt) >= keepalive
+	if wanted || silent && !p.selected.suspect || idle {
+		p.startProbe(now)
+	}
+	if active && now.Sub(p.consentAt) >= consentInterval {
+		a.consent(p, now)
+	}
+	a.driveProbe(p, now)
+}
+
+// consent checks every path that may be of use.
+func (a *Agent) consent(p *peer, now time.Time) {
+	p.consentAt = now
+	for _, q := range p.pairs {
+		if q != p.selected && now.Sub(q.answered) > remember {
+			q.valid = false
+		}
+		if q.valid {
+			a.sendCheck(p, q, outgoing{now: now})
+		}
+	}
+}
+
+func (p *peer) startProbe(now time.Time) {
+	if p.selected == nil || !p.probe.began.IsZero() {
+		return
+	}
+	deadline := max(3*p.selected.rtt, minDeadline)
+	p.probe = probe{began: now, again: now, deadline: now.Add(deadline)}
+}
+
+func (a *Agent) driveProbe(p *peer, now time.Time) {
+	switch {
+	case p.probe.began.IsZero():
+	case !now.Before(p.probe.deadline):
+		a.suspect(p, now)
+	case p.probe.lost(now) && p.rival(p.probe.began) != nil:
+		a.suspect(p, now)
+	case !now.Before(p.probe.again):
+		a.sendCheck(p, p.selected, outgoing{now: now})
+		p.probe.again = now.Add(p.selected.rtt + probeGap)
+	}
+}
+
+// lost reports whether the check is late compared with another path.
+func (b probe) lost(now time.Time) bool {
+	return !b.early.IsZero() && !now.Before(b.early)
+}
+
+// suspect gives up trust in the selected path: another one that answers takes
+// over now, and everything is tried again.
+func (a *Agent) suspect(p *peer, now time.Time) {
+	a.log.Debug("path suspect", "peer", p, "addr", p.selected.addr)
+	p.selected.suspect = true
+	p.suspectSince = now
+	p.probe = probe{}
+	if p.talk.ready(now, signalRate) {
+		a.call(p, now)
+	} else {
+		p.wantCall = true
+	}
+	if q := p.rival(now.Add(-recent)); q != nil {
+		a.choose(p, q)
+		p.wantProbe = true
+	}
+}
+
+// rival returns the best other pair that answered after since.
+func (p *peer) rival(since time.Time) *pair {
+	var best *pair
+	for _, q := range p.pairs {
+		if q == p.selected || !q.valid || q.suspect || q.answered.Before(since) {
+			continue
+		}
+		if best == nil || q.rtt < best.rtt {
+			best = q
+		}
+	}
+	return best
+}
+
+// elsewhere weighs an authenticated check that came by a path we do not use. When
+// ours is silent, it is checked; when the other one is new (the peer moved), ours
+// loses to it as soon as its answer is late.
+func (p *peer) elsewhere(q *pair, now time.Time) {
+	s := p.selected
+	if s == nil || s == q {
+		return
+	}
+	silent := min(now.Sub(s.heard), now.Sub(s.answered))
+	moved := (!q.valid || q.suspect) && silent > quiet
+	if !moved && silent < 2*consentInterval {
+		return
+	}
+	p.startProbe(now)
+	if moved {
+		p.uncertain = true
+		p.probe.early = now.Add(s.rtt + max(4*s.varied, minMargin))
+	}
+}
+
+// expire drops a path that stays dead.
+func (a *Agent) expire(p *peer, now time.Time) {
+	q := p.selected
+	if q == nil || !q.suspect || now.Sub(p.suspectSince) < giveUp {
+		return
+	}
+	sending := p.active(now) && !p.sendingFrom.IsZero()
+	if !sending && now.Sub(p.received) < consentExpiry {
+		return
+	}
+	a.log.Debug("path lost", "peer", p, "addr", q.addr)
+	p.clear()
+	p.selected = nil
+	for _, q := range p.pairs {
+		q.valid, q.suspect, q.samples = false, false, 0
+	}
+	p.wantCall = p.wanted(now)
+	a.announce(Path{Peer: p.key})
+}
+
+// accept takes the answer to a check: the pair is valid.
+func (a *Agent) accept(t transaction, now time.Time) {
+	p, q := t.peer, t.pair
+	q.valid, q.suspect = true, false
+	q.answered, q.heard = now, now
+	q.measure(now.Sub(t.at))
+	p.receive(now)
+	if q == p.selected {
+		p.clear()
+	} else {
+		a.compare(p, q, now)
+	}
+	if t.ping != nil {
+		path := Path{Peer: p.key, Addr: q.addr, Type: q.typ, RTT: now.Sub(t.at)}
+		select {
+		case t.ping <- path:
+		default:
+		}
+	}
+}
+
+// measure smooths the RTT as RFC 6298 section 2 does.
+func (q *pair) measure(rtt time.Duration) {
+	if q.samples == 0 {
+		q.rtt, q.varied = rtt, rtt/2
+	} else {
+		q.varied += ((rtt - q.rtt).Abs() - q.varied) / 4
+		q.rtt += (rtt - q.rtt) / 8
+	}
+	q.samples++
+}
+
+// compare chooses between the selected pair and one that just answered.
+func (a *Agent) compare(p *peer, q *pair, now time.Time) {
+	s := p.selected
+	if s == nil || s.suspect || p.probe.lost(now) {
+		a.choose(p, q)
+		return
+	}
+	mine, other := a.cost(s), a.cost(q)
+	if other*10 > mine*9 || other+minGain > mine {
+		q.better = 0
+		return
+	}
+	if q.better++; q.better >= minSamples {
+		a.choose(p, q)
+	}
+}
+
+func (a *Agent) cost(q *pair) time.Duration {
+	if a.near(q.addr) {
+		return q.rtt
+	}
+	return q.rtt + natCost
+}
+
+// choose makes q the path of p.
+func (a *Agent) choose(p *peer, q *pair) {
+	p.selected = q
+	p.clear()
+	p.sendingFrom = time.Time{}
+	p.consentAt = q.answered
+	p.sentAt = q.sent
+	for _, other := range p.pairs {
+		other.better = 0
+	}
+	a.log.Debug("path chosen", "peer", p, "addr", q.addr, "type", q.typ, "rtt", q.rtt)
+	a.announce(p.path())
+}
+
+// announce tells the node and those who wait in Ping of a new path.
+func (a *Agent) announce(path Path) {
+	close(a.moved)
+	a.moved = make(chan struct{})
+	if a.cfg.OnPath != nil {
+		a.effects = append(a.effects, func() { a.cfg.OnPath(path) })
+	}
+	a.notify()
+}
+
+// next tells when step has something to do again; zero: only after an event.
+func (p *peer) next(a *Agent, now time.Time) time.Time {
+	if p.wantProbe {
+		return now
+	}
+	next := p.retryAt
+	for _, q := range p.pairs {
+		next = earliest(next, q.next)
+	}
+	if p.wantCall {
+		next = earliest(next, now.Add(p.talk.wait(signalRate)))
+	}
+	if p.selected == nil {
+		return next
+	}
+	next = earliest(next, p.probe.again, p.probe.deadline)
+	if p.probe.early.After(now) {
+		next = earliest(next, p.probe.early)
+	}
+	switch {
+	case p.active(now):
+		next = earliest(next, now.Add(tick))
+	case !a.near(p.selected.addr):
+		next = earliest(next, p.sentAt.Add(keepalive))
+	}
+	if p.selected.suspect && !p.active(now) {
+		end := p.received.Add(consentExpiry)
+		if other := p.suspectSince.Add(giveUp); other.After(end) {
+			end = other
+		}
+		next = earliest(next, end)
+	}
+	return next
+}

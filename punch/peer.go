@@ -1,0 +1,217 @@
+package punch
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// source says who named a candidate.
+type source uint8
+
+const (
+	published source = 1 << iota // the netmap
+	signalled                    // the peer, in a signal
+	learnt                       // an authenticated check came from there
+)
+
+// maxOutstanding is how many checks on one pair may wait for their answers.
+const maxOutstanding = 16
+
+// pair is one candidate of a peer, checked from our one UDP port.
+type pair struct {
+	addr   netip.AddrPort
+	typ    CandidateType
+	source source
+	limit  bucket
+	tried  bool // was part of a round
+
+	attempt int       // checks of this round that left
+	next    time.Time // next check of this round; zero: none
+	sent    time.Time // last packet since the network changed
+	waiting []transactionID
+
+	valid    bool      // answered an authenticated check
+	suspect  bool      // did not answer lately
+	answered time.Time // last answer
+	heard    time.Time // last authenticated message from there
+	rtt      time.Duration
+	varied   time.Duration // mean deviation of the RTT
+	samples  int
+	better   int // samples in a row that beat the selected pair
+}
+
+// peer is what the agent knows of a peer.
+type peer struct {
+	key       Key
+	secrets   *secrets
+	name      user    // ours, in checks to it
+	users     [2]user // its, in checks to us
+	published Nonce
+	online    bool
+	pairs     []*pair // at most MaxCandidates
+	checks    replay
+	signals   replay
+	counter   uint64 // of our checks and signals to it
+
+	due   time.Time // position in the queue
+	index int       // -1: not in it
+
+	// Wishes of the outside world, granted in step.
+	wantCall   bool
+	wantAnswer bool // the peer called
+	wantOpen   bool // it has new candidates
+	wantProbe  bool
+
+	// The call: openers, signals, rounds of checks.
+	series    time.Time // when the calls without a pause began
+	called    time.Time // last call
+	calls     int
+	covered   bool      // the last signal was sent with the NAT open to us
+	holdUntil time.Time // full TTL towards unverified public pairs before: no
+	retryAt   time.Time
+	backoff   time.Duration
+	talk      bucket // signals
+
+	// The path in use.
+	selected     *pair
+	probe        probe
+	suspectSince time.Time
+	uncertain    bool      // only an answer clears the suspicion, not data
+	consentAt    time.Time // last consent check
+
+	// Traffic.
+	seen        Activity
+	observed    time.Time // when seen was read; zero: never
+	activeUntil time.Time
+	demanded    time.Time
+	received    time.Time // last authenticated receipt
+	sentAt      time.Time // last packet on the selected path
+	sendingFrom time.Time // first packet after the last receipt; zero: none
+}
+
+func (a *Agent) newPeer(k Key) (*peer, error) {
+	s, err := derive(a.private, a.cfg.Mesh, k)
+	if err != nil {
+		return nil, fmt.Errorf("new peer: %w", err)
+	}
+	p := &peer{key: k, secrets: s, index: -1}
+	for i, nonce := range a.cfg.Nonces {
+		p.users[i] = s.user(nonce)
+		a.users[p.users[i]] = p
+	}
+	return p, nil
+}
+
+// LogValue names the peer by the beginning of its key.
+func (p *peer) LogValue() slog.Value {
+	return slog.StringValue(fmt.Sprintf("%x", p.key[:4]))
+}
+
+func (p *peer) setNonce(n Nonce) { p.name = p.secrets.user(n) }
+
+// active reports whether there was traffic in the last seconds.
+func (p *peer) active(now time.Time) bool { return now.Before(p.activeUntil) }
+
+// wanted reports whether a path should be looked for without being asked.
+func (p *peer) wanted(now time.Time) bool {
+	return p.online || p.active(now) || now.Sub(p.demanded) < demandMemory && !p.demanded.IsZero()
+}
+
+func (p *peer) path() Path {
+	q := p.selected
+	return Path{Peer: p.key, Addr: q.addr, Type: q.typ, RTT: q.rtt}
+}
+
+func (p *peer) find(addr netip.AddrPort) *pair {
+	for _, q := range p.pairs {
+		if q.addr == addr {
+			return q
+		}
+	}
+	return nil
+}
+
+// setCandidates replaces what one source says of a peer, and reports whether
+// there are new candidates.
+func (a *Agent) setCandidates(p *peer, list []Candidate, from source) bool {
+	for _, q := range p.pairs {
+		q.source &^= from
+	}
+	added := false
+	for _, c := range list {
+		addr := plain(c.Addr)
+		if !a.allowed(addr) {
+			continue
+		}
+		q := p.find(addr)
+		if q == nil {
+			if q = a.addPair(p, addr); q == nil {
+				continue
+			}
+			added = true
+		}
+		q.source |= from
+		if q.typ != ServerReflexive || c.Type != Host {
+			q.typ = c.Type
+		}
+	}
+	p.pairs = slices.DeleteFunc(p.pairs, func(q *pair) bool {
+		gone := q.source == 0 && !q.valid && q != p.selected
+		if gone {
+			a.forget(q)
+		}
+		return gone
+	})
+	return added
+}
+
+// addPair makes room for one more pair. Pairs that nobody names any more go
+// first, then those learnt longest ago; nil: all are worth more.
+func (a *Agent) addPair(p *peer, addr netip.AddrPort) *pair {
+	if len(p.pairs) >= MaxCandidates {
+		worst := -1
+		for i, q := range p.pairs {
+			named := q.source&(published|signalled) != 0
+			if q == p.selected || named || q.valid && !q.suspect {
+				continue
+			}
+			if worst < 0 || q.heard.Before(p.pairs[worst].heard) {
+				worst = i
+			}
+		}
+		if worst < 0 {
+			return nil
+		}
+		a.forget(p.pairs[worst])
+		p.pairs = slices.Delete(p.pairs, worst, worst+1)
+	}
+	q := &pair{addr: addr}
+	p.pairs = append(p.pairs, q)
+	return q
+}
+
+// learn returns the pair of an authenticated check.
+func (a *Agent) learn(p *peer, addr netip.AddrPort) *pair {
+	q := p.find(addr)
+	if q == nil && a.allowed(addr) {
+		if q = a.addPair(p, addr); q != nil {
+			q.typ = PeerReflexive
+			a.log.Debug("peer-reflexive candidate", "peer", p, "addr", addr)
+		}
+	}
+	if q != nil {
+		q.source |= learnt
+	}
+	return q
+}
+
+// forget drops the checks on a pair that wait for their answers.
+func (a *Agent) forget(q *pair) {
+	for _, id := range q.waiting {
+		delete(a.sent, id)
+	}
+	q.waiting = nil
+}

@@ -349,4 +349,4 @@ func describe(claim any) string {
 }
 
 // short names a public key in messages.
-func short(k Key) string { return fmt.Sprintf("%x…", k[:4]) }
+func short(k Key) string { return k.String()[:8] + "…" }

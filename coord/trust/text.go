@@ -16,9 +16,10 @@ func (k Key) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
 // UnmarshalText reads what MarshalText wrote, and nothing else.
 func (k *Key) UnmarshalText(b []byte) error {
 	raw, err := base64.StdEncoding.Strict().DecodeString(string(b))
-	if err != nil || len(raw) != len(k) {
+	// The decoder passes over line breaks.
+	if err != nil || len(raw) != len(k) || Key(raw).String() != string(b) {
 		return errKeyText
 	}
-	copy(k[:], raw)
+	*k = Key(raw)
 	return nil
 }

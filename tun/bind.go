@@ -1,0 +1,255 @@
+package tun
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/conn"
+)
+
+// batchSize is how many messages go to wireguard-go at a time, and come back.
+const batchSize = conn.IdealBatchSize
+
+// portTries bounds the search for a port that is free in both families.
+const portTries = 100
+
+// Switches of Config.Offloads.
+const (
+	offGSO   = "-gso"
+	forceGSO = "+gso" // also on kernels known to mangle trains
+	offGRO   = "-gro"
+	offTSO   = "-tso"
+)
+
+// switched reports whether one of Config.Offloads's switches is set.
+func (c *Config) switched(name string) bool {
+	return slices.Contains(strings.Split(c.Offloads, ","), name)
+}
+
+// logger is Config.Log, or a silent one.
+func (c *Config) logger() *slog.Logger {
+	if c.Log == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return c.Log
+}
+
+// meshed reports whether a is inside the overlay, where no UDP goes.
+func (c *Config) meshed(a netip.Addr) bool {
+	return slices.ContainsFunc(c.Mesh, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// sockets are the sockets of one Open; a family the host lacks is nil.
+type sockets struct{ v4, v6 *socket }
+
+func (s *sockets) of(a netip.Addr) *socket {
+	if a.Is4() {
+		return s.v4
+	}
+	return s.v6
+}
+
+func (s *sockets) all() []*socket {
+	return slices.DeleteFunc([]*socket{s.v4, s.v6}, func(s *socket) bool { return s == nil })
+}
+
+// drops counts what was not passed on.
+type drops struct {
+	handled atomic.Uint64 // sent to a peer without a path
+	full    atomic.Uint64 // sent while the socket stayed full
+	foreign atomic.Uint64 // received, neither STUN nor WireGuard
+}
+
+// bind is a conn.Bind on UDP sockets of its own, one per family on one port.
+// What it receives is told apart segment by segment: STUN goes to
+// Config.Receive, WireGuard to wireguard-go, the rest nowhere. Safe for
+// concurrent use.
+type bind struct {
+	config  Config
+	peers   *peers
+	inbound *credit // messages received and not yet written to the TUN
+	out     *credit // messages read from the TUN and not yet sent
+	base    time.Time
+	open    atomic.Pointer[sockets] // nil: closed
+	trains  sync.Pool               // *train
+	holds   *holds
+	drops   drops
+}
+
+var _ conn.Bind = (*bind)(nil)
+
+// newBind makes a closed bind.
+func newBind(c Config, t *peers) *bind {
+	b := &bind{config: c, peers: t, inbound: newCredit(), out: newCredit(), base: time.Now()}
+	b.trains.New = func() any { return newTrain() }
+	b.holds = newHolds(b.transmitHeld)
+	return b
+}
+
+// Open binds both families to port, or to Config.Port, or to a free one. A
+// family the host does not have is left out; a port taken in one is an error.
+func (b *bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
+	if b.open.Load() != nil {
+		return nil, 0, conn.ErrBindAlreadyOpen
+	}
+	if port == 0 {
+		port = b.config.Port
+	}
+	s, err := b.listen(port)
+	for range portTries {
+		if port != 0 || !errors.Is(err, unix.EADDRINUSE) {
+			break
+		}
+		s, err = b.listen(port)
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	if !b.open.CompareAndSwap(nil, s) {
+		s.close()
+		return nil, 0, conn.ErrBindAlreadyOpen
+	}
+	b.peers.clearSources()
+	b.holds.start()
+	var fns []conn.ReceiveFunc
+	for _, s := range s.all() {
+		fns = append(fns, newReceiver(b, s).receive)
+	}
+	return fns, b.port(), nil
+}
+
+// listen opens what the host has.
+func (b *bind) listen(port uint16) (*sockets, error) {
+	s := &sockets{}
+	var err4, err6 error
+	s.v4, err4 = b.openSocket("udp4", port)
+	if err4 != nil && !absent(err4) {
+		return nil, err4
+	}
+	if s.v4 != nil {
+		port = s.v4.port()
+	}
+	s.v6, err6 = b.openSocket("udp6", port)
+	if err6 != nil && (!absent(err6) || s.v4 == nil) {
+		s.close()
+		return nil, err6
+	}
+	return s, nil
+}
+
+// absent reports whether an error means that the host lacks the family.
+func absent(err error) bool {
+	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EPROTONOSUPPORT)
+}
+
+func (s *sockets) close() {
+	for _, s := range s.all() {
+		s.close()
+	}
+}
+
+// Close ends the ReceiveFuncs and forgets held initiations. Open may follow.
+func (b *bind) Close() error {
+	b.holds.stop()
+	if s := b.open.Swap(nil); s != nil {
+		s.close()
+	}
+	return nil
+}
+
+// SetMark sets the firewall mark of what the sockets send.
+func (b *bind) SetMark(mark uint32) error {
+	open := b.open.Load()
+	if open == nil {
+		return net.ErrClosed
+	}
+	for _, s := range open.all() {
+		if err := s.set(unix.SOL_SOCKET, unix.SO_MARK, int(mark)); err != nil {
+			return fmt.Errorf("mark udp socket with %d: %w", mark, err)
+		}
+	}
+	return nil
+}
+
+// BatchSize is the number of messages of one call.
+func (b *bind) BatchSize() int { return batchSize }
+
+// port is the port both families are bound to, 0 when closed.
+func (b *bind) port() uint16 {
+	open := b.open.Load()
+	switch {
+	case open == nil:
+		return 0
+	case open.v4 != nil:
+		return open.v4.port()
+	default:
+		return open.v6.port()
+	}
+}
+
+// ParseEndpoint returns the endpoint registered for an address by setPath or
+// handle. Of an address nobody registered it makes one that is nobody's; inside
+// the mesh such a one drops.
+func (b *bind) ParseEndpoint(s string) (conn.Endpoint, error) {
+	a, err := netip.ParseAddrPort(s)
+	if err != nil {
+		return nil, fmt.Errorf("parse endpoint %q: %w", s, err)
+	}
+	if a.Addr().Zone() != "" {
+		return nil, fmt.Errorf("parse endpoint %q: link-local zones are not supported", s)
+	}
+	a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+	if e := b.peers.at(a); e != nil {
+		return e, nil
+	}
+	e := newEndpoint(a, nil)
+	e.drop = b.config.meshed(a.Addr())
+	return e, nil
+}
+
+// setPath registers an address as the path of a peer. It comes before the write
+// through wgctrl, which then finds the endpoint by its address. Inside the mesh
+// nothing is registered.
+func (b *bind) setPath(k Key, to netip.AddrPort) {
+	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
+	if !b.config.meshed(to.Addr()) {
+		b.peers.path(k, to)
+	}
+}
+
+// handle makes a new dropping endpoint for a peer: its overlay address with a
+// port not used before. A stranger gets the zero value.
+func (b *bind) handle(k Key, a netip.Addr) netip.AddrPort {
+	if e := b.peers.handle(k, a); e != nil {
+		return e.to
+	}
+	return netip.AddrPort{}
+}
+
+// now is the time since the bind was made, in nanoseconds, never 0.
+func (b *bind) now() int64 { return int64(time.Since(b.base)) + 1 }
+
+// demand tells the node that packets wait for a peer without a path, at most
+// once a second.
+func (b *bind) demand(p *peer) {
+	now, last := b.now(), p.demanded.Load()
+	if last != 0 && now-last < int64(silence) || !p.demanded.CompareAndSwap(last, now) {
+		return
+	}
+	b.tell(p)
+}
+
+func (b *bind) tell(p *peer) {
+	if b.config.Demand != nil {
+		b.config.Demand(p.key)
+	}
+}

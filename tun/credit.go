@@ -1,0 +1,144 @@
+package tun
+
+import (
+	"sync"
+	"time"
+)
+
+// Bounds of what wireguard-go holds for us. Every message is a buffer of
+// 64 KiB, and its own queues have room for gigabytes of them.
+const (
+	creditLimit   = 128                    // messages in flight, one direction
+	creditStall   = 5 * time.Millisecond   // no progress for so long: the messages are lost or parked
+	creditLive    = time.Second            // progress within this: lost, not parked
+	parkedLimit   = 64                     // messages let through to a peer without a session
+	parkedTrickle = 100 * time.Millisecond // and one more each so often, so that handshakes are tried
+)
+
+// credit counts the messages wireguard-go holds in one direction: handed over
+// (take) and not yet out at the other end (settle). Who hands over waits for
+// room first. What never comes out (a message for a peer without a session, a
+// replay) is written off after creditStall without progress of its peer.
+// Safe for concurrent use.
+type credit struct {
+	mu   sync.Mutex
+	held int
+	busy []*account // accounts with held > 0, and some that had
+	base time.Time
+	wake chan struct{} // holds one token
+}
+
+// account is one peer's share of a credit, guarded by the credit's mutex. The
+// zero value is ready.
+type account struct {
+	held     int
+	listed   bool
+	moved    time.Duration // last progress, or begin of waiting for it
+	settled  time.Duration // last settle; meaningful once seen
+	seen     bool
+	parked   bool // wireguard-go keeps the peer's messages until there is a session
+	admitted int  // while parked
+	next     time.Duration
+}
+
+func newCredit() *credit {
+	return &credit{base: time.Now(), wake: make(chan struct{}, 1)}
+}
+
+// take counts n messages for a. False means that a is parked and has had its
+// share: sending side drops the messages, the receiving side passes them
+// uncounted.
+func (c *credit) take(a *account, n int) bool {
+	now := time.Since(c.base)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if a.parked {
+		return a.trickle(n, now)
+	}
+	if a.held == 0 {
+		a.moved = now
+		if !a.listed {
+			a.listed = true
+			c.busy = append(c.busy, a)
+		}
+	}
+	a.held += n
+	c.held += n
+	return true
+}
+
+func (a *account) trickle(n int, now time.Duration) bool {
+	if a.admitted >= parkedLimit && now < a.next {
+		return false
+	}
+	a.admitted += n
+	a.next = now + parkedTrickle
+	return true
+}
+
+// settle takes back up to n messages of a.
+func (c *credit) settle(a *account, n int) {
+	now := time.Since(c.base)
+	c.mu.Lock()
+	full := c.held >= creditLimit
+	n = min(n, a.held)
+	a.held -= n
+	c.held -= n
+	a.moved, a.settled, a.seen = now, now, true
+	a.parked, a.admitted = false, 0
+	full = full && c.held < creditLimit
+	c.mu.Unlock()
+	if full {
+		select {
+		case c.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// wait blocks until there is room and returns how much, or 0 when done is
+// closed. The timer is the caller's, stopped or expired.
+func (c *credit) wait(timer *time.Timer, done <-chan struct{}) int {
+	for {
+		c.mu.Lock()
+		room := creditLimit - c.held
+		c.mu.Unlock()
+		if room > 0 {
+			return room
+		}
+		timer.Reset(creditStall)
+		select {
+		case <-c.wake:
+			timer.Stop()
+		case <-timer.C:
+			c.expire()
+		case <-done:
+			timer.Stop()
+			return 0
+		}
+	}
+}
+
+// expire writes off what peers without progress hold.
+func (c *credit) expire() {
+	now := time.Since(c.base)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	busy := c.busy[:0]
+	for _, a := range c.busy {
+		if a.held > 0 && now-a.moved >= creditStall {
+			c.held -= a.held
+			a.parked = !a.seen || now-a.settled >= creditLive
+			if a.parked {
+				a.admitted, a.next = a.held, now+parkedTrickle
+			}
+			a.held = 0
+		}
+		a.listed = a.held > 0
+		if a.listed {
+			busy = append(busy, a)
+		}
+	}
+	clear(c.busy[len(busy):])
+	c.busy = busy
+}

@@ -1,0 +1,99 @@
+package tun
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// sockaddr is a raw sockaddr_in or sockaddr_in6 as the kernel takes it.
+type sockaddr [unix.SizeofSockaddrInet6]byte
+
+// Offsets in sockaddr_in and sockaddr_in6; the family is in host order.
+const (
+	sockaddrPort  = 2
+	sockaddrAddr4 = 4
+	sockaddrAddr6 = 8
+)
+
+// put writes a and returns how many bytes the kernel shall look at.
+func (s *sockaddr) put(a netip.AddrPort) uint32 {
+	*s = sockaddr{}
+	binary.BigEndian.PutUint16(s[sockaddrPort:], a.Port())
+	if a.Addr().Is4() {
+		binary.NativeEndian.PutUint16(s[:], unix.AF_INET)
+		ip := a.Addr().As4()
+		copy(s[sockaddrAddr4:], ip[:])
+		return unix.SizeofSockaddrInet4
+	}
+	binary.NativeEndian.PutUint16(s[:], unix.AF_INET6)
+	ip := a.Addr().As16()
+	copy(s[sockaddrAddr6:], ip[:])
+	return unix.SizeofSockaddrInet6
+}
+
+// get reads what the kernel wrote.
+func (s *sockaddr) get() netip.AddrPort {
+	port := binary.BigEndian.Uint16(s[sockaddrPort:])
+	if binary.NativeEndian.Uint16(s[:]) == unix.AF_INET {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(s[sockaddrAddr4:])), port)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16([16]byte(s[sockaddrAddr6:])).Unmap(), port)
+}
+
+// endpoint is a conn.Endpoint: a path to a peer, a handle that drops, or an
+// address nobody registered. One path has one object, whether wireguard-go got
+// it from ParseEndpoint or with a packet. Safe for concurrent use.
+type endpoint struct {
+	to   netip.AddrPort
+	name sockaddr // to, as the kernel takes it
+	size uint32   // of name
+	peer *peer    // nil: unknown
+	drop bool     // a handle
+
+	source atomic.Pointer[netip.Addr] // local address the path comes in at
+	flat   atomic.Bool                // segmentation fails on this path
+}
+
+func newEndpoint(to netip.AddrPort, p *peer) *endpoint {
+	e := &endpoint{to: to, peer: p}
+	e.size = e.name.put(to)
+	return e
+}
+
+// came notes the local address a datagram of the path arrived at: answers
+// leave from there. The last one counts, so that it follows a route change as
+// soon as the far side is heard again.
+func (e *endpoint) came(at netip.Addr) {
+	if old := e.source.Load(); at.IsValid() && (old == nil || *old != at) {
+		e.source.Store(&at)
+	}
+}
+
+// ClearSrc forgets the local address.
+func (e *endpoint) ClearSrc() { e.source.Store(nil) }
+
+// SrcIP is the local address, invalid when the kernel chooses.
+func (e *endpoint) SrcIP() netip.Addr {
+	if a := e.source.Load(); a != nil {
+		return *a
+	}
+	return netip.Addr{}
+}
+
+// SrcToString is SrcIP in words.
+func (e *endpoint) SrcToString() string { return e.SrcIP().String() }
+
+// DstIP is the far address.
+func (e *endpoint) DstIP() netip.Addr { return e.to.Addr() }
+
+// DstToString is the far address and port, as wg shows it.
+func (e *endpoint) DstToString() string { return e.to.String() }
+
+// DstToBytes is the far address and port as input of handshake cookies.
+func (e *endpoint) DstToBytes() []byte {
+	b, _ := e.to.MarshalBinary() // never fails
+	return b
+}

@@ -1,0 +1,69 @@
+package tun
+
+import "encoding/binary"
+
+// WireGuard messages. All begin with a type and three zero bytes; the sender
+// index of an initiation and of a response and the receiver index of data
+// follow.
+//
+//	 0                   1                   2                   3
+//	 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1
+//	+---------------+-----------------------------------------------+
+//	|  type 1 to 4  |                   zero                        |
+//	+---------------+-----------------------------------------------+
+//	|        sender index (1, 2) or receiver index (3, 4)           |
+//	+---------------------------------------------------------------+
+//	|                            ...                                |
+const (
+	typeInitiation = 1
+	typeResponse   = 2
+	typeData       = 4
+
+	indexAt        = 4
+	initiationSize = 148
+	responseSize   = 92
+	keepaliveSize  = 32 // data without content; also the shortest message
+)
+
+// STUN (RFC 8489 §5): two zero bits, type, length, magic cookie.
+const (
+	stunCookie     = 0x2112A442
+	stunCookieAt   = 4
+	stunHeaderSize = 20
+)
+
+// ownFrame is the first value of a first byte that belongs to frames of ours.
+const ownFrame = 0x80
+
+// frame is what a datagram is by its first bytes.
+type frame uint8
+
+const (
+	frameUnknown   frame = iota // nobody's: dropped
+	frameOwn                    // ours, none defined yet: dropped
+	frameSTUN                   // Config.Receive
+	frameWireGuard              // wireguard-go
+)
+
+// frameOf tells whose a datagram is. WireGuard is looked at first: a message
+// whose index happens to be the cookie would need STUN method 0 or a foreign
+// one with no attributes, which nobody sends.
+func frameOf(b []byte) frame {
+	switch {
+	case len(b) == 0:
+		return frameUnknown
+	case b[0] >= ownFrame:
+		return frameOwn
+	case len(b) >= keepaliveSize && b[0] >= typeInitiation && b[0] <= typeData && b[1]|b[2]|b[3] == 0:
+		return frameWireGuard
+	case len(b) >= stunHeaderSize && b[0]>>6 == 0 && binary.BigEndian.Uint32(b[stunCookieAt:]) == stunCookie:
+		return frameSTUN
+	}
+	return frameUnknown
+}
+
+// isData reports whether a WireGuard message carries content.
+func isData(b []byte) bool { return len(b) > keepaliveSize && b[0] == typeData }
+
+// indexOf is the index of a WireGuard message of at least eight bytes.
+func indexOf(b []byte) uint32 { return binary.LittleEndian.Uint32(b[indexAt:]) }

@@ -1,0 +1,236 @@
+package tun
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Bounds of what is remembered for one peer.
+const (
+	maxEndpoints = 8  // paths and handles, newest last
+	maxIndices   = 64 // session indices: a session lives 180 s, initiations are 5 s apart
+	lastPort     = 1<<16 - 1
+)
+
+// silence is how long a peer was not sent to when sending again is news.
+const silence = time.Second
+
+// peer is what the TUN and the Bind share about one peer. It stays the same
+// object as long as the peer is in the netmap. Capabilities and the size of
+// messages belong here when there are any but the plain ones.
+type peer struct {
+	key      Key
+	initiate atomic.Bool // this side starts handshakes
+	pathed   atomic.Bool // the endpoint last made is a path, not a handle
+
+	sent     atomic.Uint64 // packets with content given to a socket
+	received atomic.Uint64 // packets written to the TUN
+	lastSent atomic.Int64  // since the Bind was made, ns; 0: never
+	demanded atomic.Int64  // since the Bind was made, ns; 0: never
+
+	out, in account // messages inside wireguard-go
+
+	// Guarded by peers.mu.
+	inner     []netip.Addr
+	endpoints []*endpoint
+	indices   []uint32
+	port      uint16 // of the handle last made
+}
+
+// peers finds a peer by its key, its inner address, the address of a path or
+// handle, and by the session indices this side handed out. Safe for concurrent
+// use.
+type peers struct {
+	mu      sync.RWMutex
+	keys    map[Key]*peer
+	inner   map[netip.Addr]*peer
+	paths   map[netip.AddrPort]*endpoint
+	indices map[uint32]*peer
+}
+
+func newPeers() *peers {
+	return &peers{
+		keys:    make(map[Key]*peer),
+		inner:   make(map[netip.Addr]*peer),
+		paths:   make(map[netip.AddrPort]*endpoint),
+		indices: make(map[uint32]*peer),
+	}
+}
+
+// set makes the table hold exactly list. Peers that stay keep their object,
+// counters and endpoints.
+func (t *peers) set(list []Peer) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	keep := make(map[Key]*peer, len(list))
+	clear(t.inner)
+	for _, want := range list {
+		p := t.keys[want.Key]
+		if p == nil {
+			p = &peer{key: want.Key}
+		}
+		p.initiate.Store(want.Initiate)
+		keep[want.Key] = p
+		for _, a := range want.AllowedIPs {
+			if a.IsSingleIP() {
+				t.inner[a.Addr()] = p
+			}
+		}
+	}
+	for k, p := range t.keys {
+		if keep[k] == nil {
+			t.forget(p)
+		}
+	}
+	t.keys = keep
+}
+
+// forget drops what points to p. Call with mu held.
+func (t *peers) forget(p *peer) {
+	for _, e := range p.endpoints {
+		t.unlist(e)
+	}
+	for _, i := range p.indices {
+		t.release(i, p)
+	}
+	p.endpoints, p.indices = nil, nil
+}
+
+func (t *peers) unlist(e *endpoint) {
+	if t.paths[e.to] == e {
+		delete(t.paths, e.to)
+	}
+}
+
+func (t *peers) release(index uint32, p *peer) {
+	if t.indices[index] == p {
+		delete(t.indices, index)
+	}
+}
+
+// byKey returns nil for a stranger.
+func (t *peers) byKey(k Key) *peer {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.keys[k]
+}
+
+// byAddr returns nil when no peer has that inner address.
+func (t *peers) byAddr(a netip.Addr) *peer {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.inner[a]
+}
+
+// byIndex returns nil when this side handed out no such session index.
+func (t *peers) byIndex(index uint32) *peer {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.indices[index]
+}
+
+// at returns the endpoint of a path or handle, nil when there is none.
+func (t *peers) at(a netip.AddrPort) *endpoint {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.paths[a]
+}
+
+// learn remembers a session index this side gave to p.
+func (t *peers) learn(index uint32, p *peer) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.indices[index] == p || t.keys[p.key] != p {
+		return
+	}
+	if len(p.indices) == maxIndices {
+		t.release(p.indices[0], p)
+		p.indices = slices.Delete(p.indices, 0, 1)
+	}
+	p.indices = append(p.indices, index)
+	t.indices[index] = p
+}
+
+// path registers an address as a path of k and returns its endpoint: the one
+// there is, when it already was the peer's, without its source address. A
+// stranger gets nil.
+func (t *peers) path(k Key, to netip.AddrPort) *endpoint {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p := t.keys[k]
+	if p == nil {
+		return nil
+	}
+	p.pathed.Store(true)
+	if e := t.paths[to]; e != nil && e.peer == p {
+		e.ClearSrc()
+		return e
+	}
+	e := newEndpoint(to, p)
+	t.list(p, e)
+	return e
+}
+
+// handle makes a dropping endpoint for k at a, with the peer's next port. A
+// stranger gets nil.
+func (t *peers) handle(k Key, a netip.Addr) *endpoint {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p := t.keys[k]
+	if p == nil {
+		return nil
+	}
+	p.pathed.Store(false)
+	if p.port == lastPort {
+		p.port = 0
+	}
+	p.port++
+	e := newEndpoint(netip.AddrPortFrom(a, p.port), p)
+	e.drop = true
+	t.list(p, e)
+	return e
+}
+
+// list interns e as the newest endpoint of p. Call with mu held.
+func (t *peers) list(p *peer, e *endpoint) {
+	p.endpoints = slices.DeleteFunc(p.endpoints, func(old *endpoint) bool { return old.to == e.to })
+	if len(p.endpoints) == maxEndpoints {
+		t.unlist(p.endpoints[0])
+		p.endpoints = slices.Delete(p.endpoints, 0, 1)
+	}
+	p.endpoints = append(p.endpoints, e)
+	t.paths[e.to] = e
+}
+
+// clearSources forgets which local addresses paths came in at.
+func (t *peers) clearSources() {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for _, e := range t.paths {
+		e.ClearSrc()
+	}
+}
+
+// innerAddrs returns source and destination of an IP packet, invalid ones when
+// it is not one.
+func innerAddrs(p []byte) (src, dst netip.Addr) {
+	switch {
+	case len(p) >= ipv4HeaderSize && p[0]>>4 == 4:
+		return netip.AddrFrom4([4]byte(p[12:16])), netip.AddrFrom4([4]byte(p[16:20]))
+	case len(p) >= ipv6HeaderSize && p[0]>>4 == 6:
+		return netip.AddrFrom16([16]byte(p[8:24])), netip.AddrFrom16([16]byte(p[24:40]))
+	}
+	return netip.Addr{}, netip.Addr{}
+}
+
+// ipHeader sizes without options.
+const (
+	ipv4HeaderSize = 20
+	ipv6HeaderSize = 40
+)
+
+func be16(b []byte) int { return int(binary.BigEndian.Uint16(b)) }

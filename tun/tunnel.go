@@ -1,0 +1,173 @@
+package tun
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	wgtun "golang.zx2c4.com/wireguard/tun"
+)
+
+// Offloads of a TUN with a virtio header (TUNSETOFFLOAD).
+const (
+	offloadTCP = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+	offloadUDP = unix.TUN_F_USO4 | unix.TUN_F_USO6 // Linux 6.2
+)
+
+// tunnel is wireguard-go's tun.Device on the file of its own NativeTun: it
+// reads until the queue is empty, splits and joins super-packets, and bounds
+// what wireguard-go holds. A link that goes down is not told to wireguard-go,
+// which would close the Bind and forget all sessions. Write is safe for
+// concurrent use; Read has one caller.
+type tunnel struct {
+	wgtun.Device
+	peers  *peers
+	bind   *bind
+	raw    syscall.RawConn
+	reader reader
+	writer writer
+	events chan wgtun.Event
+	ended  chan struct{} // the forwarder of events has ended
+	done   chan struct{} // Close was called
+	once   sync.Once
+}
+
+// offloads is what the kernel and the configuration allow.
+type offloads struct {
+	header bool // packets begin with a virtio header
+	tcp    bool
+	udp    bool
+}
+
+// newTunnel takes over the file of dev. Close closes dev.
+func newTunnel(dev wgtun.Device, t *peers, b *bind, c Config) (*tunnel, error) {
+	raw, err := dev.File().SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("own tun file: %w", err)
+	}
+	o, err := setOffloads(raw, c.switched(offTSO))
+	if err != nil {
+		return nil, fmt.Errorf("set tun offloads: %w", err)
+	}
+	n := &tunnel{
+		Device: dev, peers: t, bind: b, raw: raw,
+		events: make(chan wgtun.Event, 1),
+		ended:  make(chan struct{}),
+		done:   make(chan struct{}),
+	}
+	n.reader.init(n, o)
+	n.writer.init(n, o, c.switched(offGRO))
+	go n.forward()
+	return n, nil
+}
+
+// setOffloads asks for TCP and, where the kernel has it, UDP super-packets.
+func setOffloads(raw syscall.RawConn, off bool) (offloads, error) {
+	var o offloads
+	var err error
+	e := raw.Control(func(fd uintptr) {
+		var req *unix.Ifreq
+		if req, err = unix.NewIfreq(""); err != nil {
+			return
+		}
+		if err = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, req); err != nil {
+			return
+		}
+		if o.header = req.Uint16()&unix.IFF_VNET_HDR != 0; !o.header {
+			return
+		}
+		if off {
+			err = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, 0)
+			return
+		}
+		o.udp = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloadTCP|offloadUDP) == nil
+		o.tcp = o.udp || unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloadTCP) == nil
+	})
+	return o, errors.Join(e, err)
+}
+
+// forward passes events on, but for link-down. It ends when the device closes
+// its channel.
+func (n *tunnel) forward() {
+	defer close(n.ended)
+	defer close(n.events)
+	for e := range n.Device.Events() {
+		if e &^= wgtun.EventDown; e == 0 {
+			continue
+		}
+		select {
+		case n.events <- e:
+		case <-n.done:
+		}
+	}
+}
+
+// Events is the channel wireguard-go listens to; Close closes it.
+func (n *tunnel) Events() <-chan wgtun.Event { return n.events }
+
+// BatchSize is the number of packets of one call.
+func (n *tunnel) BatchSize() int { return batchSize }
+
+// Close closes the device; Read and Write return os.ErrClosed from then on.
+func (n *tunnel) Close() error {
+	var err error
+	n.once.Do(func() {
+		close(n.done)
+		err = n.Device.Close()
+		<-n.ended
+	})
+	return err
+}
+
+// Read returns packets of the kernel, at least one. It waits while
+// wireguard-go holds too many.
+func (n *tunnel) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	r := &n.reader
+	for {
+		r.room = 0
+		if r.super.left() == 0 { // otherwise there are packets already counted
+			if r.room = n.bind.out.wait(r.timer, n.done); r.room == 0 {
+				return 0, os.ErrClosed
+			}
+		}
+		r.bufs, r.sizes, r.offset, r.count = bufs, sizes, offset, 0
+		err := n.raw.Read(r.run)
+		r.bufs, r.sizes = nil, nil
+		switch {
+		case r.count > 0:
+			return r.count, nil
+		case err != nil || closedTUN(r.errno):
+			return 0, os.ErrClosed
+		case r.errno != 0:
+			return 0, fmt.Errorf("read tun: %w", r.errno)
+		}
+	}
+}
+
+// closedTUN reports whether an error means that the interface is gone.
+func closedTUN(errno syscall.Errno) bool { return errno == unix.EBADFD || errno == unix.EBADF }
+
+// Write gives packets of one peer to the kernel.
+func (n *tunnel) Write(bufs [][]byte, offset int) (int, error) {
+	if len(bufs) == 0 {
+		return 0, nil
+	}
+	src, _ := innerAddrs(bufs[0][offset:])
+	p := n.peers.byAddr(src)
+	written, errno := n.writer.write(bufs, offset)
+	if p != nil {
+		p.received.Add(uint64(len(bufs)))
+		n.bind.inbound.settle(&p.in, len(bufs))
+	}
+	switch {
+	case errno == 0 || errno == unix.EIO: // EIO: the link is down, where packets vanish
+		return written, nil
+	case closedTUN(errno):
+		return written, os.ErrClosed
+	default:
+		return written, fmt.Errorf("write tun: %w", errno)
+	}
+}

@@ -113,8 +113,9 @@ func (e *endpoints) write(p punch.Path) (first bool) {
 	return !had
 }
 
-// A handshake that was started and did not end within its wait is started
-// again: wireguard-go alone would wait 5 s.
+// A handshake is asked for again after a wait, and again: StartHandshake does
+// nothing once there is a session, and wireguard-go alone would wait 5 s when a
+// message of it was lost or came before the other side had its path.
 const (
 	handshakeTries = 5
 	handshakeWait  = 150 * time.Millisecond
@@ -147,7 +148,7 @@ func (s *starter) tick(now time.Time) {
 	soonest := time.Hour
 	for k, a := range s.open {
 		if !now.Before(a.next) {
-			if s.dev.HasSession(tun.Key(k)) || a.left == 0 {
+			if a.left == 0 {
 				delete(s.open, k)
 				continue
 			}

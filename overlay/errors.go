@@ -3,13 +3,10 @@ package overlay
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
-	"strings"
 
 	"overlay/coord"
-	"overlay/coord/trust"
 	"overlay/tun"
 )
 
@@ -27,15 +24,6 @@ func parseInvite(s string) (coord.Invite, error) {
 	return inv, nil
 }
 
-// joinError says why the server could not be joined.
-func joinError(err error, inv coord.Invite) error {
-	if pin, ok := errors.AsType[*coord.PinError](err); ok {
-		return fail(Refused, "do not continue on this network: it may be intercepted, or the server was set up anew; ask its owner",
-			"the server at %s is not the one this invite names (expected key %s, got %s)", pin.Server, shortHash(pin.Want), shortHash(pin.Got))
-	}
-	return serverError(err, inv.Server)
-}
-
 // serverError turns what a request to the server ended with into an Error.
 func serverError(err error, server string) error {
 	if e, ok := errors.AsType[*Error](err); ok {
@@ -45,11 +33,13 @@ func serverError(err error, server string) error {
 		return &Error{Kind: refusal(e.Code), Message: e.Message, Hint: e.Hint}
 	}
 	if reach, ok := errors.AsType[*coord.ReachError](err); ok {
-		return &Error{Kind: Unreachable, Message: reachText(reach), Hint: "check that the server runs and that this network reaches it, then run it again"}
+		return &Error{Kind: Unreachable, Message: reach.Error(), Hint: "check that the server runs and that this network reaches it, then run it again"}
 	}
 	if pin, ok := errors.AsType[*coord.PinError](err); ok {
-		return fail(Refused, "do not continue on this network: it may be intercepted",
-			"the server at %s is not one of this mesh's servers (its key is %s)", pin.Server, shortHash(pin.Got))
+		return &Error{Kind: Refused, Message: pin.Error(), Hint: "if the server was set up anew, its owner has new invites"}
+	}
+	if errors.Is(err, coord.ErrMesh) {
+		return &Error{Kind: Refused, Message: err.Error(), Hint: "ask the owner of the mesh; do not use this server until it is clear why"}
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fail(Unreachable, "run it again", "the server at %s did not answer in time", server)
@@ -64,34 +54,6 @@ func refusal(c coord.Code) Kind {
 	}
 	return Refused
 }
-
-// reachText tells DNS, TCP and TLS apart.
-func reachText(e *coord.ReachError) string {
-	tried := make([]string, len(e.Tried))
-	for i, a := range e.Tried {
-		tried[i] = a.Addr().String()
-	}
-	switch e.Stage {
-	case "dns":
-		return fmt.Sprintf("cannot reach the server %s: its name is not found (%v)", e.Server, cause(e.Err))
-	case "tcp":
-		return fmt.Sprintf("cannot reach the server %s: %v (tried %s)", e.Server, cause(e.Err), strings.Join(tried, ", "))
-	}
-	return fmt.Sprintf("the server %s answers, but not as an overlay server: %v", e.Server, cause(e.Err))
-}
-
-// cause is the innermost error: the part that a person can act on.
-func cause(err error) error {
-	for {
-		next := errors.Unwrap(err)
-		if next == nil {
-			return err
-		}
-		err = next
-	}
-}
-
-func shortHash(h trust.Hash) string { return fmt.Sprintf("%x…", h[:4]) }
 
 // troubleText is the one-line reason why the server is not reached.
 func troubleText(err error) string {

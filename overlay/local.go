@@ -38,17 +38,8 @@ type pingRequest struct {
 type rootKey struct{}
 
 func (n *Node) serveLocal(ctx context.Context, l net.Listener) error {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", n.handleStatus)
-	mux.HandleFunc("POST /v1/ping", n.handlePing)
-	mux.HandleFunc("POST /v1/up", rootOnly(n.handleUp))
-	mux.HandleFunc("POST /v1/down", rootOnly(n.handleDown))
-	mux.HandleFunc("POST /v1/leave", rootOnly(n.handleLeave))
-	mux.HandleFunc("POST /v1/invite", rootOnly(n.handleInvite))
-	mux.HandleFunc("GET /v1/invites", rootOnly(n.handleInvites))
-	mux.HandleFunc("GET /v1/nodes", rootOnly(n.handleNodes))
 	srv := &http.Server{
-		Handler:           localHost(mux),
+		Handler:           localHost(n.mux()),
 		ReadHeaderTimeout: 5 * time.Second,
 		MaxHeaderBytes:    8 << 10,
 		ConnContext:       peerContext,
@@ -68,6 +59,19 @@ func (n *Node) serveLocal(ctx context.Context, l net.Listener) error {
 		return errors.Join(srv.Shutdown(last), srv.Close())
 	})
 	return g.Wait()
+}
+
+func (n *Node) mux() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", n.handleStatus)
+	mux.HandleFunc("POST /v1/ping", n.handlePing)
+	mux.HandleFunc("POST /v1/up", rootOnly(n.handleUp))
+	mux.HandleFunc("POST /v1/down", rootOnly(n.handleDown))
+	mux.HandleFunc("POST /v1/leave", rootOnly(n.handleLeave))
+	mux.HandleFunc("POST /v1/invite", rootOnly(n.handleInvite))
+	mux.HandleFunc("GET /v1/invites", rootOnly(n.handleInvites))
+	mux.HandleFunc("GET /v1/nodes", rootOnly(n.handleNodes))
+	return mux
 }
 
 // peerContext asks the kernel who is on the other side.

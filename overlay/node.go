@@ -193,7 +193,7 @@ func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func
 	}
 	got, err := coord.Join(ctx, cfg, func(step, detail string) { progress(Progress{Step: step, Text: detail}) })
 	if err != nil {
-		return false, joinError(err, inv)
+		return false, serverError(err, inv.Server)
 	}
 	return inv.Kind == coord.InviteOwner, n.store.save(meshFile, membership(got))
 }
@@ -251,7 +251,7 @@ func (n *Node) joinConfig(inv coord.Invite, k *keys, c *settings) (coord.JoinCon
 	}
 	f := k.Founding
 	cfg.Root, cfg.Signer, cfg.MeshID, cfg.ULA, cfg.Prefix4 = k.Root, k.Signer, f.MeshID, f.ULA, f.Prefix4
-	cfg.Founded = f.At
+	cfg.Date = f.At
 	return cfg, nil
 }
 

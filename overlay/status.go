@@ -124,7 +124,11 @@ func UnknownPeer(name string, names []string) error {
 	best, distance := "", 3
 	slices.Sort(names)
 	for _, n := range names {
-		if d := editDistance(name, n); d < distance || strings.HasPrefix(n, name) && best == "" {
+		d := editDistance(name, n)
+		if strings.HasPrefix(n, name) {
+			d = min(d, 2)
+		}
+		if d < distance {
 			best, distance = n, d
 		}
 	}

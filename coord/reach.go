@@ -88,7 +88,7 @@ func dnsReason(server string, err error) string {
 
 func tlsReason(err error) string {
 	stranger, notTLS := errors.AsType[tls.RecordHeaderError](err)
-	alert, isAlert := errors.AsType[tls.AlertError](err)
+	failed, isNet := errors.AsType[*net.OpError](err)
 	switch {
 	case notTLS && bytes.HasPrefix(stranger.RecordHeader[:], []byte("HTTP/")):
 		return "plain HTTP answers there instead of TLS; is this network waiting for a login page (captive portal), or is the port wrong?"
@@ -98,8 +98,8 @@ func tlsReason(err error) string {
 		return "it accepts connections but does not answer TLS; is a firewall or captive portal in the way?"
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
 		return "it closed the connection during TLS; is a firewall or captive portal in the way?"
-	case isAlert:
-		return fmt.Sprintf("it refused TLS 1.3 (%s); this is not a coordinator of ours, or something intercepts the connection", alert)
+	case isNet && failed.Op == "remote error": // an alert, RFC 8446 section 6
+		return fmt.Sprintf("it refused TLS 1.3 (%s); this is no coordinator, or something intercepts the connection", failed.Err)
 	}
 	return fmt.Sprintf("TLS failed: %s", err)
 }

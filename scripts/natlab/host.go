@@ -85,8 +85,8 @@ func (h *Host) Start(ctx context.Context, stdout io.Writer, name string, args ..
 	}
 	h.lab.group.Go(func() error {
 		defer close(p.done)
-		// How a background program ends is told by its log and by Done;
-		// most are killed.
+		// How a background program ends is told by its log; most are
+		// killed.
 		p.cmd.Wait()
 		return nil
 	})

@@ -292,7 +292,7 @@ func claimDir(parent string) (string, *os.File, error) {
 		return "", nil, fmt.Errorf("make lab folder: %w", err)
 	}
 	// sshd refuses keys below folders others may not enter.
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // holds no secrets, its children do
+	if err := os.Chmod(dir, 0o755); err != nil {
 		return "", nil, fmt.Errorf("open lab folder: %w", err)
 	}
 	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR, 0o600)

@@ -78,7 +78,7 @@ func (l *Lab) newNode(ctx context.Context, name string) (*node, error) {
 	}
 	n := &node{name: name, dir: filepath.Join(l.dir, name), path: l.binDir() + ":" + nodePath}
 	for _, dir := range []string{n.dir, filepath.Join(n.dir, "lib")} {
-		if err := os.Mkdir(dir, 0o755); err != nil { //nolint:gosec // stands for /var/lib
+		if err := os.Mkdir(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("make machine %s: %w", name, err)
 		}
 	}

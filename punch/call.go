@@ -2,7 +2,6 @@ package punch
 
 import (
 	"math/rand/v2"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -66,7 +65,7 @@ func (a *Agent) call(p *peer, now time.Time) {
 	p.calls++
 	p.backoff = min(max(p.backoff, minBackoff), maxBackoff)
 	p.retryAt = now.Add(p.backoff)
-	a.freshen(now)
+	a.freshen(now, staleAfter)
 	a.open(p, now, false)
 	if a.cfg.Signal == nil {
 		a.unheard(p, p.calls)
@@ -116,7 +115,7 @@ func (a *Agent) unheard(p *peer, calls int) {
 // and our checks wait for it.
 func (a *Agent) answerCall(p *peer, now time.Time) {
 	p.wantAnswer = false
-	if !p.covered && now.Sub(p.called) > recallAfter && p.talk.ready(now, signalRate) {
+	if !a.covered(p) && now.Sub(p.called) > recallAfter && p.talk.ready(now, signalRate) {
 		a.call(p, now)
 		return
 	}
@@ -124,17 +123,15 @@ func (a *Agent) answerCall(p *peer, now time.Time) {
 	a.signal(p, signalOpened, now)
 }
 
-// covered reports whether a peer that opened its NAT towards the given addresses
-// hears us at full TTL.
-func (a *Agent) covered(opened []netip.AddrPort) bool {
+// covered reports whether the peer's NAT is open towards our address of now, so
+// that it hears us at full TTL.
+func (a *Agent) covered(p *peer) bool {
 	known := false
 	for _, s := range a.servers {
-		switch {
-		case s.fresh && slices.Contains(opened, s.mapped):
+		if s.fresh && !s.asking() && slices.Contains(p.openTo, s.mapped) {
 			return true
-		case s.fresh || s.asking():
-			known = true
 		}
+		known = known || s.fresh || s.asking()
 	}
 	return !known
 }

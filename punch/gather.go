@@ -23,6 +23,7 @@ const (
 	idleRefresh   = 60 * time.Second
 	idleSpread    = 15 * time.Second
 	staleAfter    = 25 * time.Second
+	doubtAfter    = time.Second // when a path fails
 
 	// tellDelay collects changes of the own candidates that come together.
 	tellDelay = 20 * time.Millisecond
@@ -101,9 +102,9 @@ func (a *Agent) startGather(now time.Time) {
 	}
 }
 
-// freshen asks the servers again when a call would tell of old mappings.
-func (a *Agent) freshen(now time.Time) {
-	if now.Sub(a.refreshes.began) > staleAfter {
+// freshen asks the servers again unless they were asked lately.
+func (a *Agent) freshen(now time.Time, age time.Duration) {
+	if len(a.servers) > 0 && now.Sub(a.refreshes.began) > age {
 		a.startGather(now)
 		a.gather(now)
 	}
@@ -173,6 +174,12 @@ func (a *Agent) mapping(s *server, m *stun.Message, now time.Time) {
 	}
 	a.log.Debug("mapping", "server", s.Addr, "mapped", mapped)
 	a.refresh(now)
+	for _, p := range a.peers {
+		if now.Before(p.holdUntil) && len(p.openTo) > 0 && a.covered(p) {
+			p.release()
+			a.queue.set(p, now)
+		}
+	}
 }
 
 // refresh lists the own candidates anew. A new one is an event for every peer

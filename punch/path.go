@@ -22,9 +22,10 @@ const (
 	consentExpiry   = 30 * time.Second
 	keepalive       = 25 * time.Second
 
-	// A path is suspect when a check on it, repeated every RTT + probeGap, is
-	// unanswered for max(3·RTT, minDeadline).
+	// A path is suspect when a check on it, repeated after RTT + probeMargin and
+	// then every probeGap, is unanswered for max(3·RTT, minDeadline).
 	minDeadline = 400 * time.Millisecond
+	probeMargin = 20 * time.Millisecond
 	probeGap    = 50 * time.Millisecond
 	// minMargin is how much later than the RTT an answer may come while another
 	// path has answered already.
@@ -170,7 +171,7 @@ func (a *Agent) driveProbe(p *peer, now time.Time) {
 		a.suspect(p, now)
 	case !now.Before(p.probe.again):
 		a.sendCheck(p, p.selected, outgoing{now: now})
-		p.probe.again = now.Add(p.selected.rtt + probeGap)
+		p.probe.again = later(now.Add(probeGap), p.probe.began.Add(p.selected.rtt+probeMargin))
 	}
 }
 
@@ -186,6 +187,7 @@ func (a *Agent) suspect(p *peer, now time.Time) {
 	p.selected.suspect = true
 	p.suspectSince = now
 	p.probe = probe{}
+	a.freshen(now, doubtAfter)
 	if p.talk.ready(now, signalRate) {
 		a.call(p, now)
 	} else {
@@ -211,22 +213,22 @@ func (p *peer) rival(since time.Time) *pair {
 	return best
 }
 
-// elsewhere weighs an authenticated check that came by a path we do not use. When
-// ours is silent, it is checked; when the other one is new (the peer moved), ours
-// loses to it as soon as its answer is late.
-func (p *peer) elsewhere(q *pair, now time.Time) {
-	s := p.selected
-	if s == nil || s == q {
-		return
+// hear notes an authenticated message of the peer from q. When that is not the
+// path we use, and ours is silent, ours has to answer a check, whatever data
+// arrives; when q has just come to life (the peer moved), ours loses to it as soon
+// as its answer is late.
+func (p *peer) hear(q *pair, now time.Time) {
+	if now.Sub(q.heard) > 2*consentInterval {
+		q.since = now
 	}
-	silent := min(now.Sub(s.heard), now.Sub(s.answered))
-	moved := (!q.valid || q.suspect) && silent > quiet
-	if !moved && silent < 2*consentInterval {
+	q.heard = now
+	s := p.selected
+	if s == nil || s == q || now.Sub(s.heard) <= quiet {
 		return
 	}
 	p.startProbe(now)
-	if moved {
-		p.uncertain = true
+	p.uncertain = true
+	if p.probe.early.IsZero() && now.Sub(q.since) <= quiet {
 		p.probe.early = now.Add(s.rtt + max(4*s.varied, minMargin))
 	}
 }
@@ -255,8 +257,9 @@ func (a *Agent) expire(p *peer, now time.Time) {
 func (a *Agent) accept(t transaction, now time.Time) {
 	p, q := t.peer, t.pair
 	q.valid, q.suspect = true, false
-	q.answered, q.heard = now, now
+	q.answered = now
 	q.measure(now.Sub(t.at))
+	p.hear(q, now)
 	p.receive(now)
 	if q == p.selected {
 		p.clear()

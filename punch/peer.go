@@ -37,6 +37,7 @@ type pair struct {
 	suspect  bool      // did not answer lately
 	answered time.Time // last answer
 	heard    time.Time // last authenticated message from there
+	since    time.Time // when it was heard again after a pause
 	rtt      time.Duration
 	varied   time.Duration // mean deviation of the RTT
 	samples  int
@@ -69,8 +70,8 @@ type peer struct {
 	series    time.Time // when the calls without a pause began
 	called    time.Time // last call
 	calls     int
-	covered   bool      // the last signal was sent with the NAT open to us
-	holdUntil time.Time // full TTL towards unverified public pairs before: no
+	openTo    []netip.AddrPort // where the peer's NAT is open to, as last signalled
+	holdUntil time.Time        // full TTL towards unverified public pairs before: no
 	retryAt   time.Time
 	backoff   time.Duration
 	talk      bucket // signals

@@ -47,13 +47,11 @@ func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, now time.Time
 	if q == nil {
 		return
 	}
-	q.heard = now
+	p.hear(q, now)
 	p.release()
 	p.wantProbe = p.wantProbe || restarted
 	if q == p.selected {
 		p.receive(now)
-	} else {
-		p.elsewhere(q, now)
 	}
 	a.reply(p, q, c.id, now)
 	if !q.valid || q.suspect || now.Sub(q.answered) > consentInterval {

@@ -207,11 +207,13 @@ func (a *Agent) handleSignal(p *peer, s *signal, restarted bool) {
 	if restarted {
 		p.wantProbe = true
 	}
-	if p.covered = a.covered(s.opened); p.covered {
+	p.openTo = s.opened
+	if a.covered(p) {
 		p.release()
 	}
 	if s.kind == signalCall {
 		p.wantAnswer = true
 		p.wantProbe = true
+		p.uncertain = true
 	}
 }

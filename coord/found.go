@@ -19,6 +19,9 @@ const (
 	ownerCapUntil = 253402300799 // the end of the year 9999
 )
 
+// defaultMesh is the name of a mesh that the server's operator gave none.
+const defaultMesh = "home"
+
 // own founds the mesh: signs everything and hands it in at once. All of it
 // follows from what is saved and from the Plan, which the State repeats once
 // the mesh exists, so a repeat after a lost answer hands in the same bytes.
@@ -75,6 +78,9 @@ func (j *joiner) found(pin trust.Hash, plan Plan) (Membership, *trust.Mesh, erro
 	}
 	if !plan.Prefix4.IsValid() {
 		plan.Prefix4 = j.Prefix4
+	}
+	if plan.Name == "" {
+		plan.Name = defaultMesh
 	}
 	if len(plan.Servers) == 0 {
 		plan.Servers = []string{j.server}

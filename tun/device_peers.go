@@ -1,0 +1,191 @@
+package tun
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// peersPerSet bounds one set operation: wireguard-go takes some 85 µs for each
+// new peer, and does nothing else meanwhile.
+const peersPerSet = 256
+
+// SetPeers makes list the peers of the device. New ones begin with a handle for
+// an endpoint: packets to them wait for SetEndpoint. Those that stay keep
+// endpoint, session and counters. When it fails it can be repeated.
+func (d *Device) SetPeers(list []Peer) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, p := range list {
+		if !p.Handle.IsValid() {
+			return fmt.Errorf("set peers of %s: a peer without handle address", d.config.Name)
+		}
+	}
+	d.peers.set(list)
+	changes := d.diff(list)
+	for part := range slices.Chunk(changes, peersPerSet) {
+		if err := d.apply(part); err != nil {
+			return fmt.Errorf("set peers of %s: %w", d.config.Name, err)
+		}
+	}
+	return nil
+}
+
+// A peerChange is what to do with one peer: want nil removes it.
+type peerChange struct {
+	key  Key
+	want *Peer
+}
+
+func (d *Device) diff(list []Peer) []peerChange {
+	var changes []peerChange
+	wanted := make(map[Key]bool, len(list))
+	for i, p := range list {
+		wanted[p.Key] = true
+		if before, ok := d.known[p.Key]; !ok || d.failed[p.Key] || !samePeer(before, p) {
+			changes = append(changes, peerChange{p.Key, &list[i]})
+		}
+	}
+	for k := range d.known {
+		if !wanted[k] {
+			changes = append(changes, peerChange{k, nil})
+		}
+	}
+	for k := range d.failed {
+		if _, known := d.known[k]; !known && !wanted[k] {
+			changes = append(changes, peerChange{k, nil})
+		}
+	}
+	return changes
+}
+
+// samePeer compares what wireguard-go knows of a peer.
+func samePeer(a, b Peer) bool {
+	return a.Keepalive == b.Keepalive && slices.Equal(a.AllowedIPs, b.AllowedIPs)
+}
+
+// apply does the changes in one set operation. wireguard-go stops in the middle
+// of one that fails: a peer may then exist without an endpoint, and would take
+// over that of any packet. So such peers are removed before they are made again.
+func (d *Device) apply(changes []peerChange) error {
+	var set []wgtypes.PeerConfig
+	for _, c := range changes {
+		_, known := d.known[c.key]
+		if c.want == nil || d.failed[c.key] {
+			set = append(set, wgtypes.PeerConfig{PublicKey: c.key, Remove: true, UpdateOnly: true})
+			d.starts.forget(c.key)
+			known = false
+		}
+		if c.want != nil {
+			set = append(set, d.peerConfig(*c.want, known))
+		}
+	}
+	err := d.configure(set)
+	for _, c := range changes {
+		switch {
+		case err != nil:
+			d.failed[c.key] = true
+			continue
+		case c.want == nil:
+			delete(d.known, c.key)
+		default:
+			d.known[c.key] = *c.want
+		}
+		delete(d.failed, c.key)
+	}
+	return err
+}
+
+func (d *Device) peerConfig(p Peer, known bool) wgtypes.PeerConfig {
+	c := wgtypes.PeerConfig{
+		PublicKey:                   p.Key,
+		UpdateOnly:                  known,
+		PersistentKeepaliveInterval: &p.Keepalive,
+		ReplaceAllowedIPs:           true,
+	}
+	if !known {
+		c.Endpoint = net.UDPAddrFromAddrPort(d.bind.handle(p.Key, p.Handle))
+	}
+	for _, a := range p.AllowedIPs {
+		c.AllowedIPs = append(c.AllowedIPs, *ipNet(a))
+	}
+	return c
+}
+
+// SetEndpoint makes to the address to which the peer's packets are sent, and
+// sends what waited for it. Addresses inside Config.Mesh are refused.
+func (d *Device) SetEndpoint(k Key, to netip.AddrPort) error {
+	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
+	if !to.IsValid() || d.config.meshed(to.Addr()) {
+		return fmt.Errorf("set endpoint on %s: not an address outside the mesh", d.config.Name)
+	}
+	return d.setEndpoint(k, func(Peer) netip.AddrPort {
+		d.bind.setPath(k, to) // before the write, which looks the path up by address
+		return to
+	})
+}
+
+// ClearEndpoint gives the peer a handle for an endpoint: its packets are dropped
+// until SetEndpoint.
+func (d *Device) ClearEndpoint(k Key) error {
+	return d.setEndpoint(k, func(p Peer) netip.AddrPort { return d.bind.handle(k, p.Handle) })
+}
+
+func (d *Device) setEndpoint(k Key, endpoint func(Peer) netip.AddrPort) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	p, ok := d.known[k]
+	if !ok || d.failed[k] {
+		return fmt.Errorf("set endpoint on %s: %w", d.config.Name, ErrUnknownPeer)
+	}
+	err := d.configure([]wgtypes.PeerConfig{{
+		PublicKey:  k,
+		UpdateOnly: true,
+		Endpoint:   net.UDPAddrFromAddrPort(endpoint(p)),
+	}})
+	if err != nil {
+		return fmt.Errorf("set endpoint on %s: %w", d.config.Name, err)
+	}
+	return nil
+}
+
+// configure writes through the UAPI socket; d.mu is held.
+func (d *Device) configure(set []wgtypes.PeerConfig) error {
+	if d.closed {
+		return ErrClosed
+	}
+	c := wgtypes.Config{Peers: set}
+	err := d.ctl.ConfigureDevice(d.config.Name, c)
+	if errors.Is(err, os.ErrNotExist) {
+		// Somebody removed the socket's file.
+		if err := d.uapi.restore(); err != nil {
+			return err
+		}
+		err = d.ctl.ConfigureDevice(d.config.Name, c)
+	}
+	return err
+}
+
+// Stats asks wireguard-go for the endpoint and counters of all peers. It costs
+// some microseconds for each: for status, not for polling.
+func (d *Device) Stats() (map[Key]Stats, error) {
+	dev, err := d.ctl.Device(d.config.Name)
+	if err != nil {
+		return nil, fmt.Errorf("read peers of %s: %w", d.config.Name, err)
+	}
+	list := make(map[Key]Stats, len(dev.Peers))
+	for _, p := range dev.Peers {
+		s := Stats{RxBytes: p.ReceiveBytes, TxBytes: p.TransmitBytes, LastHandshake: p.LastHandshakeTime}
+		if p.Endpoint != nil {
+			e := p.Endpoint.AddrPort()
+			s.Endpoint = netip.AddrPortFrom(e.Addr().Unmap(), e.Port())
+		}
+		list[p.PublicKey] = s
+	}
+	return list, nil
+}

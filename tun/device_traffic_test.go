@@ -1,0 +1,168 @@
+package tun
+
+import (
+	"net"
+	"net/netip"
+	"os/exec"
+	"sync"
+	"testing"
+	"time"
+)
+
+// pairUp tells two nodes of each other; the lower key starts handshakes.
+func pairUp(t *testing.T, a, b *node) {
+	t.Helper()
+	lower := string(a.self.Key[:]) < string(b.self.Key[:])
+	pa, pb := a.self, b.self
+	pb.Initiate, pa.Initiate = lower, !lower
+	check(t, a.SetPeers([]Peer{pb}))
+	check(t, b.SetPeers([]Peer{pa}))
+}
+
+// echo answers what arrives at the overlay address until the test ends.
+func echo(t *testing.T, s *space, at string) {
+	t.Helper()
+	c := listenIn(t, s, at)
+	go func() {
+		b := make([]byte, 1500)
+		for {
+			n, from, err := c.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			_, _ = c.WriteToUDPAddrPort(b[:n], from)
+		}
+	}()
+}
+
+// answered asks the echo at to once every 5 ms until it answers.
+func answered(t *testing.T, c *net.UDPConn, to string, limit time.Duration) time.Duration {
+	t.Helper()
+	b := make([]byte, 1500)
+	begin := time.Now()
+	for time.Since(begin) < limit {
+		_, _ = c.WriteToUDPAddrPort([]byte("hello"), netip.MustParseAddrPort(to))
+		_ = c.SetReadDeadline(time.Now().Add(5 * time.Millisecond))
+		if n, _, err := c.ReadFromUDPAddrPort(b); err == nil && string(b[:n]) == "hello" {
+			return time.Since(begin)
+		}
+	}
+	t.Fatalf("no answer from %s within %v", to, limit)
+	return 0
+}
+
+func at(host string, port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(netip.MustParseAddr(host), port)
+}
+
+// Both sides get a path and start at the same instant: crossed initiations would
+// cost 5 s.
+func TestBothStartAtOnce(t *testing.T) {
+	for range 3 { // whose key is lower is a matter of luck
+		t.Run("", bothStartAtOnce)
+	}
+}
+
+func bothStartAtOnce(t *testing.T) {
+	sa, sb := newSpace(t), newSpace(t)
+	joinSpaces(t, sa, sb)
+	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
+	pairUp(t, a, b)
+	echo(t, sb, "100.99.0.2:7000")
+	client := listenIn(t, sa, "100.99.0.1:0")
+	// Traffic before the path: wireguard-go begins a handshake that is lost.
+	_, _ = client.WriteToUDPAddrPort([]byte("early"), at("100.99.0.2", 7000))
+
+	var wg sync.WaitGroup
+	for _, side := range []struct {
+		from, to *node
+		addr     string
+	}{{a, b, "10.9.0.2"}, {b, a, "10.9.0.1"}} {
+		wg.Go(func() {
+			if err := side.from.SetEndpoint(side.to.self.Key, at(side.addr, side.to.Port())); err != nil {
+				t.Error(err)
+			}
+			side.from.StartHandshake(side.to.self.Key)
+		})
+	}
+	wg.Wait()
+	t.Logf("first answer after %v", answered(t, client, "100.99.0.2:7000", time.Second))
+	eventually(t, time.Second, "activity is counted", func() bool {
+		sent, received := a.Activity(b.self.Key)
+		return sent > 0 && received > 0
+	})
+
+	// A session in use is not touched.
+	before, err := a.Stats()
+	check(t, err)
+	a.StartHandshake(b.self.Key)
+	answered(t, client, "100.99.0.2:7000", time.Second)
+	after, err := a.Stats()
+	check(t, err)
+	if h1, h2 := before[b.self.Key].LastHandshake, after[b.self.Key].LastHandshake; !h1.Equal(h2) || h1.IsZero() {
+		t.Errorf("handshake of %v, then of %v: want the same", h1, h2)
+	}
+}
+
+func TestPing(t *testing.T) {
+	if _, err := exec.LookPath("ping"); err != nil {
+		t.Skip("SKIP: no ping program")
+	}
+	sa, sb := newSpace(t), newSpace(t)
+	joinSpaces(t, sa, sb)
+	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
+	pairUp(t, a, b)
+	check(t, a.SetEndpoint(b.self.Key, at("fd09::2", b.Port())))
+	check(t, b.SetEndpoint(a.self.Key, at("fd09::1", a.Port())))
+	a.StartHandshake(b.self.Key)
+	b.StartHandshake(a.self.Key)
+	for _, to := range []string{"100.99.0.2", "fd99::2"} {
+		sa.do(t, func() error {
+			out, err := exec.Command("ping", "-c", "3", "-i", "0.2", "-w", "5", to).CombinedOutput()
+			if err != nil {
+				t.Errorf("ping %s: %v\n%s", to, err, out)
+			}
+			return nil
+		})
+	}
+}
+
+// b's packets reach a through a forwarder at 10.9.0.3. They are authentic, and
+// stock wireguard-go would from then on answer there.
+func TestForeignSourceDoesNotMoveEndpoint(t *testing.T) {
+	sa, sb := newSpace(t), newSpace(t)
+	joinSpaces(t, sa, sb)
+	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
+	pairUp(t, a, b)
+	direct := at("10.9.0.2", b.Port())
+	check(t, a.SetEndpoint(b.self.Key, direct))
+	forwarder := listenIn(t, sb, "10.9.0.3:0")
+	forwarded := make(chan struct{}, 1)
+	go func() {
+		buf := make([]byte, 2000)
+		for {
+			n, _, err := forwarder.ReadFromUDPAddrPort(buf)
+			if err != nil {
+				return
+			}
+			_, _ = forwarder.WriteToUDPAddrPort(buf[:n], at("10.9.0.1", a.Port()))
+			select {
+			case forwarded <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	check(t, b.SetEndpoint(a.self.Key, forwarder.LocalAddr().(*net.UDPAddr).AddrPort()))
+	echo(t, sa, "100.99.0.1:7000")
+	client := listenIn(t, sb, "100.99.0.2:0")
+	b.StartHandshake(a.self.Key)
+	answered(t, client, "100.99.0.1:7000", 2*time.Second)
+	for range 20 {
+		answered(t, client, "100.99.0.1:7000", time.Second)
+	}
+	<-forwarded // b really went through it
+	if got := a.endpoint(t, b.self.Key); got != direct {
+		t.Errorf("endpoint moved to %v, want %v", got, direct)
+	}
+	requireWG(t, a.Name(), b.self, direct)
+}

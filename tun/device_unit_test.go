@@ -1,0 +1,113 @@
+package tun
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/device"
+)
+
+func TestHandshakesDue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var h handshakes
+		k := Key{1}
+		completed, reads := time.Time{}, 0
+		list := func() map[Key]time.Time {
+			reads++
+			return map[Key]time.Time{k: completed}
+		}
+		expect := func(what string, k Key, want bool) {
+			t.Helper()
+			if got := h.due(k, list); got != want {
+				t.Errorf("%s: due %v, want %v", what, got, want)
+			}
+		}
+		expect("no session", k, true)
+		expect("at once again", k, false)
+		expect("another peer", Key{2}, true)
+		if reads != 1 {
+			t.Errorf("sessions were read %d times within 20 ms, want once", reads)
+		}
+		time.Sleep(startInterval)
+		expect("50 ms later", k, true)
+		completed = time.Now()
+		time.Sleep(startInterval)
+		expect("with a session", k, false)
+		reads = 0
+		time.Sleep(device.RejectAfterTime - startInterval - time.Nanosecond)
+		expect("with an old session", k, false)
+		if reads != 0 {
+			t.Error("sessions were read for a peer known to have one")
+		}
+		time.Sleep(time.Nanosecond)
+		expect("with a session too old", k, true)
+		completed = time.Now().Add(time.Hour)
+		time.Sleep(startInterval)
+		expect("after the clock was set back", k, true)
+		h.forget(k)
+		expect("after the peer was made anew", k, true)
+	})
+}
+
+func TestParseSessions(t *testing.T) {
+	a, b := strings.Repeat("ab", 32), strings.Repeat("cd", 32)
+	text := "private_key=" + a + "\nlisten_port=1\npublic_key=" + a + "\nlast_handshake_time_sec=1700000000\n" +
+		"last_handshake_time_nsec=5\nendpoint=[fd99::1]:1\npublic_key=" + b + "\nlast_handshake_time_sec=0\n"
+	got := parseSessions(bytes.NewBufferString(text))
+	want := map[Key]time.Time{Key(bytes.Repeat([]byte{0xab}, 32)): time.Unix(1700000000, 0)}
+	if !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	for _, bad := range []string{"public_key=zz\nlast_handshake_time_sec=1\n", "public_key=abcd\nlast_handshake_time_sec=1\n"} {
+		if got := parseSessions(bytes.NewBufferString(bad)); len(got) != 0 {
+			t.Errorf("%q: got %v, want nothing", bad, got)
+		}
+	}
+}
+
+func TestUDPInodes(t *testing.T) {
+	table := "   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops\n" +
+		"  123: 00000000:0D96 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 4711 2 0000000000000000 0\n" +
+		"  124: 0100007F:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 4712 2 0000000000000000 0\n" +
+		"  125: 00000000000000000000000000000000:0D96 00000000000000000000000000000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 4713 2 0 0\n" +
+		"broken line\n"
+	got := slices.Sorted(maps.Keys(udpInodes([]byte(table), 3478)))
+	if want := []string{"4711", "4713"}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+func TestLogTellsNoSecrets(t *testing.T) {
+	var out bytes.Buffer
+	log := newLogger(slog.New(slog.NewTextHandler(&out, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	send := fmt.Errorf("write: %w", &net.OpError{Op: "write", Addr: net.UDPAddrFromAddrPort(netip.MustParseAddrPort("192.0.2.7:1")), Err: unix.ENETUNREACH})
+	log.Verbosef("%v - Retrying handshake (try %d) with %s", new(device.Peer), 3, "192.0.2.8")
+	log.Errorf("failed to send: %v", send)
+	log.Errorf("odd: %v", errors.New("key 192.0.2.9"))
+	if got := out.String(); strings.Contains(got, "192.0.2") || strings.Contains(got, "AAA") {
+		t.Errorf("the log tells an address or a key: %s", got)
+	}
+	for _, want := range []string{"try 3", "network is unreachable", "level=WARN", "level=DEBUG"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the log lacks %q: %s", want, &out)
+		}
+	}
+	out.Reset()
+	for range 100 {
+		log.Errorf("again")
+	}
+	if n := strings.Count(out.String(), "again"); n > warnBurst {
+		t.Errorf("%d warnings at once, want at most %d", n, warnBurst)
+	}
+}

@@ -88,9 +88,14 @@ func (i Invite) GoString() string { return redactInvite(i.String()) }
 // LogValue returns the invite without its secret, for log/slog.
 func (i Invite) LogValue() slog.Value { return slog.StringValue(redactInvite(i.String())) }
 
-// redactInvite leaves so much of an invite that its owner knows it again.
+// redactInvite leaves so much of an invite that its owner knows it again, and
+// nothing that a terminal would obey.
 func redactInvite(s string) string {
-	return strings.ToValidUTF8(s[:min(len(s), inviteShown)], "") + "..."
+	s = s[:min(len(s), inviteShown)]
+	if foreign := strings.IndexFunc(s, notInInvite); foreign >= 0 {
+		s = s[:foreign]
+	}
+	return s + "..."
 }
 
 // Key returns I, the key with which the invited device signs its certificate

@@ -64,7 +64,7 @@ func TestParseInvite(t *testing.T) {
 	}
 }
 
-// seal makes an invite of any octets, with a right checksum.
+// sealInvite makes an invite of any octets, with a right checksum.
 func sealInvite(b []byte) string {
 	b = binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
 	return invitePrefix + base64.RawURLEncoding.EncodeToString(b)
@@ -193,6 +193,7 @@ func TestInviteRedacted(t *testing.T) {
 func FuzzParseInvite(f *testing.F) {
 	f.Add(fixedInviteText)
 	f.Add(fixedInviteText[:90])
+	f.Add("ovl1_\x1b[2J") // found by fuzzing: the message cleared the screen
 	f.Add("ovl2_" + fixedInviteText[5:])
 	f.Add(" ovl1_\n" + fixedInviteText[5:] + "\n")
 	f.Add(sealInvite(slices.Concat([]byte{2}, make([]byte, 48), []byte{3}, []byte("a:1"))))

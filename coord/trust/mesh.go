@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -342,10 +341,9 @@ func describe(claim any) string {
 		return "WireGuard key " + short(c)
 	case string:
 		return fmt.Sprintf("name %q", c)
-	case netip.Addr:
-		return "address " + c.String()
+	default:
+		return fmt.Sprintf("address %v", c)
 	}
-	return ""
 }
 
 // short names a public key in messages.

@@ -25,6 +25,8 @@ func TestNormalizeName(t *testing.T) {
 		"Bu\u0308ro":                   "buero", // NFD
 		"cafe\u0301":                   "cafe",
 		"Straße":                       "strasse",
+		"äöüß-æøœåðþıđ":                "aeoeuess-aeoeoeaadthid",
+		"àçèğìľñóřşțùýż":               "acegilnorstuyz",
 		"łódź":                         "lodz",
 		"anna-laptop":                  "anna-laptop",
 		"Anna’s MacBook":               "annas-macbook",

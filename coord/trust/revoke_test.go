@@ -214,3 +214,24 @@ func TestRevocationOrder(t *testing.T) {
 		}
 	})
 }
+
+// TestRevocationBound: a flood of one kind is refused and leaves room for the
+// other, and for stronger ones of targets already known.
+func TestRevocationBound(t *testing.T) {
+	w := newWorld(t)
+	if err := w.revoke(key(deviceSeed), deviceSeed, at(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range maxRevocations - 1 {
+		w.departed[Key{byte(i), byte(i >> 8), byte(i >> 16), 1}] = withdrawal{}
+	}
+	if err := w.revoke(key(otherSeed), otherSeed, at(0)); err == nil {
+		t.Error("one more than there may be was accepted")
+	}
+	if err := w.revoke(key(deviceSeed), deviceSeed, at(0)); err != nil {
+		t.Errorf("a stronger one of a known target: %v", err)
+	}
+	if err := w.revoke(key(otherSeed), rootSeed, at(0)); err != nil {
+		t.Errorf("one by the root: %v", err)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"net/netip"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -138,7 +139,7 @@ func TestWorlds(t *testing.T) {
 	}
 	for seed := first; seed <= last; seed++ {
 		s := drawSpec(seed)
-		synctest.Test(t, func(t *testing.T) { s.run(t) })
+		t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) { synctest.Test(t, s.run) })
 	}
 }
 
@@ -164,7 +165,7 @@ func (s spec) run(t *testing.T) {
 // under traffic.
 func (s spec) expectPath(t *testing.T, a, b *nattest.Node) {
 	if took, ok := met(a, b, s.patience()); !ok {
-		t.Errorf("%v: no path after %v: %v, %v", s, took, a.Path(b), b.Path(a))
+		t.Errorf("%v: no path after %v: %v, %v", s, took, a.Path(b).Addr, b.Path(a).Addr)
 		return
 	}
 	const settle, quiet, busy, interval = 10 * time.Second, time.Minute, 20 * time.Second, 50 * time.Millisecond
@@ -179,7 +180,7 @@ func (s spec) expectPath(t *testing.T, a, b *nattest.Node) {
 	}
 	for _, pair := range [][2]*nattest.Node{{a, b}, {b, a}} {
 		if moves := pair[0].Moves(pair[1], settled); len(moves) > 0 {
-			t.Errorf("%v: the path moved %d times, last to %v", s, len(moves), moves[len(moves)-1].Path)
+			t.Errorf("%v: the path moved %d times, last to %v", s, len(moves), moves[len(moves)-1].Path.Addr)
 		}
 		least := (1 - s.loss() - 0.15) * float64(busy/interval)
 		if n := len(pair[0].Arrivals(pair[1], traffic)); float64(n) < least {
@@ -204,7 +205,7 @@ func (s spec) expectPatience(t *testing.T, a, b *nattest.Node) {
 		}
 	}
 	if a.Path(b).Addr.IsValid() || b.Path(a).Addr.IsValid() {
-		t.Errorf("%v: a path where none can be: %v, %v", s, a.Path(b), b.Path(a))
+		t.Errorf("%v: a path where none can be: %v, %v", s, a.Path(b).Addr, b.Path(a).Addr)
 	}
 }
 

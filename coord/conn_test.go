@@ -85,7 +85,7 @@ func TestRefusal(t *testing.T) {
 		},
 		{name: "rate by date", status: 429, retryAfter: "Wed, 21 Oct 2026 07:28:00 GMT", body: `{"code":"rate_limited"}`, want: &Error{Code: CodeRateLimited}},
 		{
-			name: "terminal escapes", status: 403, body: `{"code":"revoked","message":"a\u001b[2Jb\u009bc\nd‮","hint":"e\u0007"}`,
+			name: "terminal escapes", status: 403, body: `{"code":"revoked","message":"a\u001b[2Jb\u009bc\nd\u202e","hint":"e\u0007"}`,
 			want: &Error{Code: CodeRevoked, Message: "a[2Jbcd", Hint: "e"},
 		},
 		{

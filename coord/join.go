@@ -96,6 +96,9 @@ func newJoiner(c JoinConfig, progress func(step, detail string)) (*joiner, error
 	if c.Server != "" {
 		j.server = c.Server
 	}
+	if err := trust.ValidServer(j.server); err != nil {
+		return nil, err
+	}
 	signing := []ed25519.PrivateKey{c.Device}
 	if c.Invite.Kind == InviteOwner {
 		signing = append(signing, c.Root, c.Signer)

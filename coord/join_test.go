@@ -417,6 +417,7 @@ func TestJoinWaitsForTheRate(t *testing.T) {
 func TestJoinConfigIsChecked(t *testing.T) {
 	for name, change := range map[string]func(*JoinConfig){
 		"name":   func(c *JoinConfig) { c.Name = "Büro PC" },
+		"server": func(c *JoinConfig) { c.Server = "vpn.example.org" },
 		"device": func(c *JoinConfig) { c.Device = nil },
 		"root":   func(c *JoinConfig) { c.Root = nil },
 		"signer": func(c *JoinConfig) { c.Signer = c.Signer[:32] },

@@ -121,12 +121,11 @@ type PinError struct {
 
 // Error is one line for the user.
 func (e *PinError) Error() string {
-	keys := fmt.Sprintf("expected key %s, got %s", shortHash(e.Want), shortHash(e.Got))
+	what := fmt.Sprintf("the one this invite names (expected key %s, got %s)", shortHash(e.Want), shortHash(e.Got))
 	if e.Want == (trust.Hash{}) {
-		keys = fmt.Sprintf("got key %s", shortHash(e.Got))
+		what = fmt.Sprintf("one of this mesh (got key %s)", shortHash(e.Got))
 	}
-	return fmt.Sprintf("the server at %s is not the one this invite names (%s). "+
-		"Do not continue on this network; it may be intercepted", e.Server, keys)
+	return fmt.Sprintf("the server at %s is not %s. Do not continue on this network; it may be intercepted", e.Server, what)
 }
 
 // Unwrap gives what Verify said.

@@ -70,10 +70,15 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// Close ends the connection at once. It skips the TLS farewell, which can wait
-// for seconds on a dead network and says nothing here: every message carries
-// its length.
-func (c *Conn) Close() error { return c.tls.NetConn().Close() }
+// Close ends the connection at once; closing it again does nothing. It skips
+// the TLS farewell, which can wait for seconds on a dead network and says
+// nothing here: every message carries its length.
+func (c *Conn) Close() error {
+	if err := c.tls.NetConn().Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("close connection to coordinator %s: %w", c.server, err)
+	}
+	return nil
+}
 
 // Hello asks for the mesh's documents and this connection's challenge. Nothing
 // in it is verified yet.

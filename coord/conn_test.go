@@ -194,6 +194,9 @@ func TestServerCloses(t *testing.T) {
 	if _, err := c.Nodes(t.Context()); !errors.Is(err, errServerClosed) {
 		t.Errorf("error %v", err)
 	}
+	if err := c.Close(); err != nil {
+		t.Errorf("close what the server closed: %v", err)
+	}
 }
 
 func TestRequestEndsWithContext(t *testing.T) {

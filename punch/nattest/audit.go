@@ -18,7 +18,8 @@ const (
 )
 
 // audit holds what one agent sends against the law: where it must never send,
-// how fast, and openers before full TTL.
+// how fast, and openers before full TTL. It does not know the exception that
+// peers behind one public address try each other's private addresses.
 type audit struct {
 	servers   []netip.AddrPort
 	forbidden func(netip.AddrPort) bool
@@ -68,12 +69,15 @@ func (a *audit) sent(b []byte, to netip.AddrPort, ttl int) {
 		return
 	}
 	a.checks++
-	if unprobable(to) || a.forbidden(to) {
+	if unprobable(to) || a.broadcast(to.Addr()) || a.forbidden(to) {
 		a.fault("packet to forbidden address %s", to)
+	}
+	if !global(to.Addr()) && !a.onLink(to.Addr()) {
+		a.fault("packet to private address %s, which is not on-link", to)
 	}
 	if ttl != 0 {
 		a.opened[to] = true
-	} else if a.distant(to.Addr()) && !a.opened[to] && !a.heard[to] && messageType(b) == stun.BindingRequest {
+	} else if global(to.Addr()) && !a.onLink(to.Addr()) && !a.opened[to] && !a.heard[to] && messageType(b) == stun.BindingRequest {
 		a.fault("full TTL to %s before an opener", to)
 	}
 	if a.answered[to] {
@@ -141,16 +145,22 @@ func messageType(b []byte) stun.MessageType {
 // unprobable says that nothing may ever be sent there.
 func unprobable(ap netip.AddrPort) bool {
 	a := ap.Addr()
-	broadcast := a.Is4() && a.As4()[0] >= 240
-	return ap.Port() == 0 || a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || broadcast
+	reserved := a.Is4() && a.As4()[0] >= 240 || a.IsLinkLocalUnicast() && a.Zone() == ""
+	return ap.Port() == 0 || a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || reserved
 }
 
-// distant says that an address is reached across the Internet, if at all.
-func (a *audit) distant(addr netip.Addr) bool {
-	onLink := slices.ContainsFunc(a.local, func(p netip.Prefix) bool { return p.Contains(addr) })
-	return !onLink && global(addr)
+func (a *audit) onLink(addr netip.Addr) bool {
+	return slices.ContainsFunc(a.local, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
+// broadcast says that addr is the last one of an own IPv4 subnet.
+func (a *audit) broadcast(addr netip.Addr) bool {
+	return slices.ContainsFunc(a.local, func(p netip.Prefix) bool {
+		return addr.Is4() && p.Bits() < 31 && p.Contains(addr) && !p.Contains(addr.Next())
+	})
+}
+
+// global says that an address is reached across the Internet, if at all.
 func global(a netip.Addr) bool {
 	carrier := netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64}), 10)
 	return !a.IsPrivate() && !a.IsLinkLocalUnicast() && !carrier.Contains(a)

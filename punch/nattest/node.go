@@ -206,11 +206,8 @@ func (n *Node) learn(peer *Node) {
 }
 
 func (n *Node) sendPacket(b []byte, to netip.AddrPort, ttl int) error {
-	err := n.host.Send(b, n.port, to, ttl)
-	if err == nil {
-		n.audit.sent(b, to, ttl)
-	}
-	return err
+	n.audit.sent(b, to, ttl)
+	return n.host.Send(b, n.port, to, ttl)
 }
 
 func (n *Node) sendSignal(to punch.Key, sealed []byte) error {

@@ -359,6 +359,26 @@ func TestDoubleNATWorld(t *testing.T) {
 	}
 }
 
+// TestCarrier puts two homes behind one carrier that hairpins: nothing but the
+// carrier's own outer addresses leads from one to the other.
+func TestCarrier(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := nattest.NewWorld(12, homeLink)
+		defer w.Stop()
+		nat := nattest.NAT{Filtering: apdm, Hairpin: true}
+		carrier := w.Internet().NewRouter(nat, netip.MustParseAddr("203.0.113.50"), homeLink)
+		var nodes []*nattest.Node
+		for _, wan := range []string{"100.64.0.9", "100.64.0.10"} {
+			home := carrier.LAN().NewRouter(nattest.Masquerade(), netip.MustParseAddr(wan), homeLink)
+			host := home.LAN().NewHost(nattest.Link{}, netip.MustParsePrefix("192.168.1.2/24"))
+			nodes = append(nodes, w.NewNode(host, homeLink))
+		}
+		connect(t, nodes[0], nodes[1])
+		defer talk(nodes[0], nodes[1])()
+		expectTraffic(t, nodes[0], nodes[1], time.Second)
+	})
+}
+
 func TestPing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, a, b := homes(11)

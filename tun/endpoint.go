@@ -68,7 +68,8 @@ func newEndpoint(to netip.AddrPort, p *peer) *endpoint {
 // soon as the far side is heard again.
 func (e *endpoint) came(at netip.Addr) {
 	if old := e.source.Load(); at.IsValid() && (old == nil || *old != at) {
-		e.source.Store(&at)
+		kept := at // the parameter itself would be allocated on every call
+		e.source.Store(&kept)
 	}
 }
 

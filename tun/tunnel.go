@@ -52,8 +52,15 @@ func newTunnel(dev wgtun.Device, t *peers, b *bind, c Config) (*tunnel, error) {
 	if err != nil {
 		return nil, fmt.Errorf("set tun offloads: %w", err)
 	}
+	n := own(dev, raw, o, c)
+	n.peers, n.bind = t, b
+	return n, nil
+}
+
+// own makes the tunnel, without peers and Bind.
+func own(dev wgtun.Device, raw syscall.RawConn, o offloads, c Config) *tunnel {
 	n := &tunnel{
-		Device: dev, peers: t, bind: b, raw: raw,
+		Device: dev, raw: raw,
 		events: make(chan wgtun.Event, 1),
 		ended:  make(chan struct{}),
 		done:   make(chan struct{}),
@@ -61,7 +68,7 @@ func newTunnel(dev wgtun.Device, t *peers, b *bind, c Config) (*tunnel, error) {
 	n.reader.init(n, o)
 	n.writer.init(n, o, c.switched(offGRO))
 	go n.forward()
-	return n, nil
+	return n
 }
 
 // setOffloads asks for TCP and, where the kernel has it, UDP super-packets.

@@ -2,6 +2,7 @@ package punch
 
 import (
 	"math/rand/v2"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -29,17 +30,12 @@ const (
 	maxBackoff = 60 * time.Second
 )
 
-// release lets checks go at full TTL: the far NAT was opened from inside.
-func (p *peer) release() {
-	if p.holdUntil.IsZero() {
-		return
+// family tells IPv4 and IPv6 apart: their NATs have nothing to do with each other.
+func family(addr netip.AddrPort) int {
+	if addr.Addr().Is4() {
+		return 0
 	}
-	for _, q := range p.pairs {
-		if q.next.Equal(p.holdUntil) {
-			q.next = p.series
-		}
-	}
-	p.holdUntil = time.Time{}
+	return 1
 }
 
 // held reports whether a check on q has to wait. A packet that reaches a far NAT
@@ -50,16 +46,48 @@ func (a *Agent) held(p *peer, q *pair, now time.Time) bool {
 	if !now.Before(p.holdUntil) || a.near(q.addr) {
 		return false
 	}
-	return !q.valid || q.suspect && p.uncertain && !p.active(now)
+	if q.valid && !(q.suspect && p.uncertain && !p.active(now)) {
+		return false
+	}
+	return !p.released[family(q.addr)] && !a.covered(p, family(q.addr), now)
+}
+
+// release lets those checks go that need not wait any more.
+func (a *Agent) release(p *peer, now time.Time) {
+	for _, q := range p.pairs {
+		if q.held && !a.held(p, q, now) {
+			q.held, q.next = false, now
+		}
+	}
+}
+
+// covered reports whether the peer's NAT is open towards our address of now, so
+// that it hears us at full TTL.
+func (a *Agent) covered(p *peer, kind int, now time.Time) bool {
+	known := false
+	for _, s := range a.servers {
+		if family(s.Addr) != kind || !s.fresh && !s.asking() {
+			continue
+		}
+		known = true
+		open := slices.Contains(p.openTo, s.mapped) && now.Sub(p.openAt) < openFor
+		if open && s.fresh && !s.asking() {
+			return true
+		}
+	}
+	return !known && now.Sub(p.openAt) < openFor
 }
 
 // call begins a round: openers towards public pairs, checks on near ones, and
 // the signal.
 func (a *Agent) call(p *peer, now time.Time) {
 	p.wantCall = false
-	if now.Sub(p.series) > 2*maxHold || p.series.IsZero() {
+	if now.Sub(p.series) > 2*maxHold {
 		p.series = now
-		p.holdUntil = now.Add(maxHold)
+		p.released = [2]bool{}
+	}
+	if p.holdUntil = now.Add(maxHold); p.holdUntil.After(p.series.Add(2 * maxHold)) {
+		p.holdUntil = p.series.Add(2 * maxHold)
 	}
 	p.called = now
 	p.calls++
@@ -86,16 +114,13 @@ func (a *Agent) open(p *peer, now time.Time, untried bool) {
 			a.sendCheck(p, q, outgoing{now: now, ttl: openerTTL})
 		}
 		q.tried = true
-		q.attempt, q.next = 0, now
-		if a.held(p, q, now) {
-			q.next = p.holdUntil
-		}
+		q.attempt, q.next, q.held = 0, now, false
 	}
 }
 
 // unheard shortens the hold of a call that could not be signalled.
 func (a *Agent) unheard(p *peer, calls int) {
-	if p.calls != calls || p.holdUntil.IsZero() {
+	if p.calls != calls {
 		return
 	}
 	until := p.called.Add(shortHold)
@@ -103,7 +128,7 @@ func (a *Agent) unheard(p *peer, calls int) {
 		return
 	}
 	for _, q := range p.pairs {
-		if q.next.Equal(p.holdUntil) {
+		if q.held {
 			q.next = until
 		}
 	}
@@ -112,10 +137,14 @@ func (a *Agent) unheard(p *peer, calls int) {
 
 // answerCall does what a call asks for. When the caller has not opened its NAT
 // towards our address of today, because it did not know it, it is called back
-// and our checks wait for it.
+// and our checks wait for it. The caller has no path: on ours it gets as many
+// checks as on others, each of which has it check, too.
 func (a *Agent) answerCall(p *peer, now time.Time) {
 	p.wantAnswer = false
-	if !a.covered(p) && now.Sub(p.called) > recallAfter && p.talk.ready(now, signalRate) {
+	for _, q := range p.pairs {
+		q.asked = true
+	}
+	if a.unknown(p, now) && now.Sub(p.called) > recallAfter && p.talk.ready(now, signalRate) {
 		a.call(p, now)
 		return
 	}
@@ -123,17 +152,19 @@ func (a *Agent) answerCall(p *peer, now time.Time) {
 	a.signal(p, signalOpened, now)
 }
 
-// covered reports whether the peer's NAT is open towards our address of now, so
-// that it hears us at full TTL.
-func (a *Agent) covered(p *peer) bool {
-	known := false
+// unknown reports whether the peer does not know where we are now.
+func (a *Agent) unknown(p *peer, now time.Time) bool {
+	fresh := false
 	for _, s := range a.servers {
-		if s.fresh && !s.asking() && slices.Contains(p.openTo, s.mapped) {
+		if !s.fresh {
+			continue
+		}
+		fresh = true
+		if !a.covered(p, family(s.Addr), now) {
 			return true
 		}
-		known = known || s.fresh || s.asking()
 	}
-	return !known
+	return !fresh && slices.ContainsFunc(a.servers, (*server).asking)
 }
 
 // signal seals and sends a message to a peer.
@@ -213,15 +244,16 @@ func (a *Agent) round(p *peer, now time.Time) {
 			continue
 		}
 		if a.held(p, q, now) {
-			q.next = p.holdUntil
+			q.next, q.held = p.holdUntil, true
 			continue
 		}
+		q.held = false
 		checks := roundChecks
 		if q.typ == Host && !q.valid && q.addr.Addr().Is6() && !a.near(q.addr) {
 			checks = globalChecks
 		}
 		if q.attempt >= checks || q.settled() || !a.eligible(p, q) {
-			q.next = time.Time{}
+			q.next, q.asked = time.Time{}, false
 			continue
 		}
 		a.sendCheck(p, q, outgoing{now: now})
@@ -231,7 +263,9 @@ func (a *Agent) round(p *peer, now time.Time) {
 }
 
 // settled reports whether enough is known of a pair for the choice of the path.
-func (q *pair) settled() bool { return q.valid && !q.suspect && q.samples >= minSamples }
+func (q *pair) settled() bool {
+	return q.valid && !q.suspect && q.samples >= minSamples && !q.asked
+}
 
 // jitter varies d by up to the given percentage both ways.
 func jitter(d time.Duration, percent int64) time.Duration {

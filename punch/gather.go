@@ -175,8 +175,8 @@ func (a *Agent) mapping(s *server, m *stun.Message, now time.Time) {
 	a.log.Debug("mapping", "server", s.Addr, "mapped", mapped)
 	a.refresh(now)
 	for _, p := range a.peers {
-		if now.Before(p.holdUntil) && len(p.openTo) > 0 && a.covered(p) {
-			p.release()
+		if now.Before(p.holdUntil) {
+			a.release(p, now)
 			a.queue.set(p, now)
 		}
 	}

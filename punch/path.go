@@ -215,10 +215,10 @@ func (p *peer) rival(since time.Time) *pair {
 
 // hear notes an authenticated message of the peer from q. When that is not the
 // path we use, and ours is silent, ours has to answer a check, whatever data
-// arrives; when q has just come to life (the peer moved), ours loses to it as soon
+// arrives; when q is new (the peer moved), ours loses to it as soon
 // as its answer is late.
 func (p *peer) hear(q *pair, now time.Time) {
-	if now.Sub(q.heard) > 2*consentInterval {
+	if !q.valid && now.Sub(q.heard) > 2*consentInterval {
 		q.since = now
 	}
 	q.heard = now
@@ -256,10 +256,10 @@ func (a *Agent) expire(p *peer, now time.Time) {
 // accept takes the answer to a check: the pair is valid.
 func (a *Agent) accept(t transaction, now time.Time) {
 	p, q := t.peer, t.pair
+	p.hear(q, now)
 	q.valid, q.suspect = true, false
 	q.answered = now
 	q.measure(now.Sub(t.at))
-	p.hear(q, now)
 	p.receive(now)
 	if q == p.selected {
 		p.clear()

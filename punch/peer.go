@@ -30,6 +30,8 @@ type pair struct {
 
 	attempt int       // checks of this round that left
 	next    time.Time // next check of this round; zero: none
+	held    bool      // next waits for the peer's NAT
+	asked   bool      // the peer called: all checks of the round are wanted
 	sent    time.Time // last packet since the network changed
 	waiting []transactionID
 
@@ -37,7 +39,7 @@ type pair struct {
 	suspect  bool      // did not answer lately
 	answered time.Time // last answer
 	heard    time.Time // last authenticated message from there
-	since    time.Time // when it was heard again after a pause
+	since    time.Time // when it was first heard
 	rtt      time.Duration
 	varied   time.Duration // mean deviation of the RTT
 	samples  int
@@ -71,6 +73,8 @@ type peer struct {
 	called    time.Time // last call
 	calls     int
 	openTo    []netip.AddrPort // where the peer's NAT is open to, as last signalled
+	openAt    time.Time        // when that was
+	released  [2]bool          // by an authenticated check, per family
 	holdUntil time.Time        // full TTL towards unverified public pairs before: no
 	retryAt   time.Time
 	backoff   time.Duration

@@ -48,7 +48,8 @@ func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, now time.Time
 		return
 	}
 	p.hear(q, now)
-	p.release()
+	p.released[family(from)] = true
+	a.release(p, now)
 	p.wantProbe = p.wantProbe || restarted
 	if q == p.selected {
 		p.receive(now)

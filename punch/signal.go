@@ -193,24 +193,22 @@ func (a *Agent) HandleSignal(from Key, sealed []byte) error {
 	if !fresh {
 		return fmt.Errorf("handle signal: %w", errSignalStale)
 	}
-	a.handleSignal(p, s, restarted)
+	if restarted {
+		p.wantProbe = true
+	}
+	a.handleSignal(p, s, now)
 	a.schedule(p, now)
 	return nil
 }
 
-func (a *Agent) handleSignal(p *peer, s *signal, restarted bool) {
+func (a *Agent) handleSignal(p *peer, s *signal, now time.Time) {
 	p.setNonce(s.nonce)
 	if a.setCandidates(p, s.candidates, signalled) {
 		p.wantOpen = true
 	}
 	a.log.Debug("signal received", "peer", p, "kind", s.kind, "candidates", len(s.candidates))
-	if restarted {
-		p.wantProbe = true
-	}
-	p.openTo = s.opened
-	if a.covered(p) {
-		p.release()
-	}
+	p.openTo, p.openAt = s.opened, now
+	a.release(p, now)
 	if s.kind == signalCall {
 		p.wantAnswer = true
 		p.wantProbe = true

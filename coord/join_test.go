@@ -32,9 +32,10 @@ type meshServer struct {
 	mu       sync.Mutex
 	genesis  trust.Document
 	state    trust.Document
-	owned    [][]byte // bodies of /v1/own
-	lose     int      // answers to /v1/own and /v1/cert to lose
-	busy     int      // requests to /v1/join to put off
+	owned    [][]byte       // bodies of /v1/own
+	lose     int            // answers to /v1/own and /v1/cert to lose
+	busy     int            // requests to /v1/join to put off
+	kept     trust.Document // the owner's certificate
 	granted  trust.Document
 	name     string // given instead of the one asked for
 	countKey ed25519.PrivateKey
@@ -92,7 +93,10 @@ func (s *meshServer) own(w http.ResponseWriter, r *http.Request, x []byte) {
 	}
 	signed := slices.Concat(q.Genesis, q.State, q.Cap, q.Cert)
 	s.genesis, s.state, s.owned = q.Genesis, q.State, append(s.owned, signed)
-	s.answerCert(w, q.Cert)
+	if s.kept == nil {
+		s.kept = q.Cert
+	}
+	s.answerCert(w, s.kept)
 }
 
 func (s *meshServer) join(w http.ResponseWriter, r *http.Request, x []byte, d trust.Key) {
@@ -295,6 +299,13 @@ func TestOwnAgainAfterALostAnswer(t *testing.T) {
 		t.Error("the repeat handed in other documents")
 	}
 	certOf(t, m)
+	c.Name, c.Date = "anna-desktop", time.Time{}
+	if m, err = Join(t.Context(), c, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := certOf(t, m); got.Name != "anna-laptop" {
+		t.Errorf("a repeat with other wishes renamed the device to %q", got.Name)
+	}
 }
 
 func TestOwnRefusesAnotherServer(t *testing.T) {
@@ -361,6 +372,13 @@ func TestJoinRefuses(t *testing.T) {
 		{"no capability", func(s *meshServer, _ *JoinConfig) { s.granted = nil }, ErrMesh, false},
 		{"countersigned by another key", func(s *meshServer, _ *JoinConfig) { s.countKey = testKey("mallory") }, ErrMesh, false},
 		{"another name for an exact one", func(s *meshServer, c *JoinConfig) { s.name, c.Exact = "mallory", true }, ErrMesh, false},
+		{"certificate of another WireGuard key", func(s *meshServer, c *JoinConfig) {
+			c.Device = testKey("mallory") // who can sign
+			s.recut = func(c trust.NodeCert) trust.NodeCert {
+				c.WireGuard = trust.Key(x25519(s.t, testWireGuard("mallory")).PublicKey().Bytes())
+				return c
+			}
+		}, ErrMesh, false},
 		{"certificate of another device", func(s *meshServer, _ *JoinConfig) {
 			s.recut = func(c trust.NodeCert) trust.NodeCert {
 				mesh, err := trust.OpenGenesis(s.genesis)

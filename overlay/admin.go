@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"fmt"
+	"slices"
 	"time"
 
 	"overlay/coord"
@@ -32,6 +33,14 @@ func (r InviteRequest) Check() error {
 	if r.Name != "" && trust.ValidName(r.Name) != nil {
 		return fail(Usage, "try --name "+trust.NormalizeName(r.Name),
 			"name %q is not usable: letters a-z, digits and \"-\", at most 63", r.Name)
+	}
+	for _, t := range r.Tags {
+		if trust.ValidName(t) != nil {
+			return fail(Usage, "try --tag "+trust.NormalizeName(t), "tag %q is not usable: letters a-z, digits and \"-\", at most 63", t)
+		}
+	}
+	if len(r.Tags) > trust.MaxTags {
+		return fail(Usage, fmt.Sprintf("use at most %d tags", trust.MaxTags), "%d tags are too many", len(r.Tags))
 	}
 	if r.Name != "" && r.Uses > 1 {
 		return fail(Usage, "leave out --name or --uses", "an invite with a fixed name works once")
@@ -79,7 +88,7 @@ func capFor(r InviteRequest, inv coord.Invite, signer ed25519.PrivateKey, now ti
 		NotAfter:  now.Add(life),
 		Uses:      uint16(max(r.Uses, 1)),
 		Name:      r.Name,
-		Tags:      r.Tags,
+		Tags:      slices.Compact(slices.Sorted(slices.Values(r.Tags))),
 	}
 }
 

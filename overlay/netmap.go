@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -24,6 +25,7 @@ type member struct {
 	node   coord.Node
 	cert   trust.NodeCert
 	record trust.Record
+	order  int // of acceptance: the first to claim a name or address keeps it
 }
 
 // roster is the verified netmap. Nothing enters it on the server's word alone.
@@ -33,6 +35,7 @@ type roster struct {
 	mesh    *trust.Mesh
 	members map[trust.Key]*member
 	state   trust.Document // the last one that came; empty: as at joining
+	count   int            // of members ever accepted
 	log     *slog.Logger
 }
 
@@ -63,7 +66,7 @@ func (r *roster) apply(m *coord.Netmap, whole bool) (gone []punch.Key, changed [
 			r.log.Warn("revocation refused", "err", err)
 		}
 	}
-	removed := m.Removed
+	removed := append(r.dropped(), m.Removed...)
 	if whole {
 		removed = append(removed, r.missing(m.Nodes)...)
 	}
@@ -80,6 +83,18 @@ func (r *roster) apply(m *coord.Netmap, whole bool) (gone []punch.Key, changed [
 		}
 	}
 	return gone, changed
+}
+
+// dropped lists the members that the mesh no longer holds: revoked, whether the
+// server removes them or not.
+func (r *roster) dropped() []trust.Key {
+	var gone []trust.Key
+	for d := range r.members {
+		if _, ok := r.mesh.Device(d); !ok {
+			gone = append(gone, d)
+		}
+	}
+	return gone
 }
 
 // device finds the member that a WireGuard key belongs to.
@@ -121,12 +136,12 @@ func (r *roster) admit(n coord.Node) bool {
 	}
 	m := r.members[n.Device]
 	if m == nil {
-		m = &member{}
+		r.count++
+		m = &member{order: r.count}
 		r.members[n.Device] = m
 	}
-	old := m.record
 	m.node, m.cert = n, cert
-	m.record = r.newerRecord(old, n)
+	m.record = r.newerRecord(m.record, n)
 	return true
 }
 
@@ -168,10 +183,8 @@ func (r *roster) peers(own punch.Key) []tun.Peer {
 // snapshot is the roster as the cache keeps it.
 func (r *roster) snapshot() cache {
 	c := cache{State: r.state, Revocations: r.mesh.Revocations()}
-	for _, d := range slices.SortedFunc(maps.Keys(r.members), func(a, b trust.Key) int {
-		return bytes.Compare(a[:], b[:])
-	}) {
-		c.Nodes = append(c.Nodes, r.members[d].node)
+	for _, m := range slices.SortedFunc(maps.Values(r.members), func(a, b *member) int { return cmp.Compare(a.order, b.order) }) {
+		c.Nodes = append(c.Nodes, m.node)
 	}
 	return c
 }

@@ -164,7 +164,10 @@ func TestRosterHonoursRevocation(t *testing.T) {
 	rev := must[trust.Document](t)(trust.SignRevocation(trust.Revocation{
 		Target: bob.cert.Device, By: bob.cert.Device, From: m.now,
 	}, bob.device))
-	r.apply(&coord.Netmap{Revocations: []trust.Document{rev}, Removed: []trust.Key{bob.cert.Device}}, false)
+	gone, _ := r.apply(&coord.Netmap{Revocations: []trust.Document{rev}}, false) // and a server that does not remove it
+	if len(gone) != 1 {
+		t.Fatalf("gone %v, want bob", gone)
+	}
 	r.apply(&coord.Netmap{Nodes: []coord.Node{bob.node}}, false) // a server that brings the device back
 	if len(r.members) != 0 {
 		t.Fatalf("members %v, want none: bob left", names(r))

@@ -12,7 +12,7 @@ import (
 
 // The limits that hold for every agent until an address answers.
 const (
-	maxPerEndpoint = 20  // packets per second to one address and port
+	maxPerEndpoint = 20  // packets per second to one address and port of a peer
 	maxPerAddress  = 100 // packets per second to one address
 	maxFaults      = 10
 )
@@ -29,10 +29,28 @@ type audit struct {
 	answered  map[netip.AddrPort]bool // sent a success response
 	heard     map[netip.AddrPort]bool // sent anything
 	opened    map[netip.AddrPort]bool // got an opener from us
-	endpoints map[netip.AddrPort][]time.Time
+	endpoints map[check][]time.Time
 	addresses map[netip.Addr][]time.Time
 	checks    uint64 // packets to elsewhere than the servers
 	faults    []string
+}
+
+// check is what a packet is counted under: the user name stands for the peer.
+type check struct {
+	to   netip.AddrPort
+	user string
+}
+
+func checkOf(b []byte, to netip.AddrPort) check {
+	m := &stun.Message{Raw: slices.Clone(b)}
+	if m.Decode() != nil {
+		return check{to: to}
+	}
+	user, err := m.Get(stun.AttrUsername)
+	if err != nil {
+		return check{to: to}
+	}
+	return check{to, string(user)}
 }
 
 func newAudit(servers []netip.AddrPort, forbidden func(netip.AddrPort) bool) *audit {
@@ -47,7 +65,7 @@ func (a *audit) attach(local []netip.Prefix) {
 	a.answered = map[netip.AddrPort]bool{}
 	a.heard = map[netip.AddrPort]bool{}
 	a.opened = map[netip.AddrPort]bool{}
-	a.endpoints = map[netip.AddrPort][]time.Time{}
+	a.endpoints = map[check][]time.Time{}
 	a.addresses = map[netip.Addr][]time.Time{}
 }
 
@@ -84,7 +102,7 @@ func (a *audit) sent(b []byte, to netip.AddrPort, ttl int) {
 		return
 	}
 	now := time.Now()
-	if n := count(a.endpoints, to, now); n > maxPerEndpoint {
+	if n := count(a.endpoints, checkOf(b, to), now); n > maxPerEndpoint {
 		a.fault("%d packets within a second to %s, which never answered", n, to)
 	}
 	if n := count(a.addresses, to.Addr(), now); n > maxPerAddress {
@@ -103,7 +121,7 @@ func (a *audit) sentToServer(b []byte, to netip.AddrPort) {
 	if name, err := m.Get(stun.AttrUsername); err != nil || len(name) != sessionNameLen {
 		a.fault("check sent to server %s", to)
 	}
-	if n := count(a.endpoints, to, time.Now()); n > maxPerEndpoint {
+	if n := count(a.endpoints, checkOf(b, to), time.Now()); n > maxPerEndpoint {
 		a.fault("%d packets within a second to server %s", n, to)
 	}
 }

@@ -54,15 +54,15 @@ func checkOf(b []byte, to netip.AddrPort) check {
 }
 
 func newAudit(servers []netip.AddrPort, forbidden func(netip.AddrPort) bool) *audit {
-	return &audit{servers: servers, forbidden: forbidden}
+	return &audit{servers: servers, forbidden: forbidden, answered: map[netip.AddrPort]bool{}}
 }
 
-// attach begins anew in a network where the own addresses are local.
+// attach begins anew in a network where the own addresses are local: its NAT
+// has to be opened.
 func (a *audit) attach(local []netip.Prefix) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.local = local
-	a.answered = map[netip.AddrPort]bool{}
 	a.heard = map[netip.AddrPort]bool{}
 	a.opened = map[netip.AddrPort]bool{}
 	a.endpoints = map[check][]time.Time{}

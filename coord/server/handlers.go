@@ -1,0 +1,173 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+)
+
+func (s *Server) hello(c call) (any, error) {
+	t := &txn{ctx: c.r.Context(), store: s.store}
+	mesh, founded := get[meshRecord](t, keyMesh)
+	if t.err != nil {
+		return nil, t.err
+	}
+	h := coord.Hello{
+		Genesis: mesh.Genesis, State: mesh.State,
+		Challenge: c.challenge.PublicKey().Bytes(), Time: time.Now().UTC(),
+	}
+	if !founded {
+		h.Plan = &coord.Plan{Name: s.mesh, Prefix4: s.registry.prefix, Servers: []string{s.public}}
+	}
+	return h, nil
+}
+
+func (s *Server) own(c call) (any, error) {
+	q, err := decodeBody[coord.OwnRequest](c)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := trust.OpenNodeCert(q.Cert)
+	if err != nil {
+		return nil, refuse(coord.CodeBadRequest, "the certificate is not acceptable: %v", err)
+	}
+	invite, err := s.registry.ownerInvite(c.r.Context())
+	if err != nil {
+		return nil, err
+	}
+	err = c.prove(invite, cert.WireGuard, q.Proofs)
+	if errors.Is(err, errInviteProof) {
+		err = voidOwnerInvite() // the likely reason
+	}
+	if err != nil {
+		return nil, err
+	}
+	a := applicant{device: c.device, invite: invite, wireguard: cert.WireGuard}
+	doc, err := s.registry.found(c.r.Context(), a, q)
+	if err != nil {
+		return nil, err
+	}
+	s.log.Info("mesh founded", "owner", cert.Name, "address", cert.IP4)
+	c.release()
+	return coord.CertReply{Cert: doc}, nil
+}
+
+func (s *Server) join(c call) (any, error) {
+	q, err := decodeBody[coord.JoinRequest](c)
+	if err != nil {
+		return nil, err
+	}
+	err = c.prove(q.Invite, q.WireGuard, q.Proofs)
+	if errors.Is(err, errInviteProof) {
+		err = refuse(coord.CodeBadProof, "%v", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	a := applicant{device: c.device, invite: q.Invite, wireguard: q.WireGuard, name: q.Name, exact: q.Exact}
+	reply, err := s.registry.reserve(c.r.Context(), a)
+	if err != nil {
+		return nil, err
+	}
+	s.log.Info("reserved", "name", reply.Name, "address", reply.IP4)
+	return reply, nil
+}
+
+func (s *Server) cert(c call) (any, error) {
+	q, err := decodeBody[coord.CertRequest](c)
+	if err != nil {
+		return nil, err
+	}
+	doc, err := s.registry.commit(c.r.Context(), c.device, q.Cert)
+	if err != nil {
+		return nil, err
+	}
+	s.log.Info("joined", "device", c.device)
+	c.release()
+	return coord.CertReply{Cert: doc}, nil
+}
+
+func (s *Server) revoke(c call) (any, error) {
+	q, err := decodeBody[coord.RevokeRequest](c)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.registry.revoke(c.r.Context(), c.device, q.Revocation); err != nil {
+		return nil, err
+	}
+	s.log.Info("revocation taken", "from", c.device)
+	return struct{}{}, nil
+}
+
+func (s *Server) addInvite(c call) (any, error) {
+	q, err := decodeBody[coord.InviteRequest](c)
+	if err != nil {
+		return nil, err
+	}
+	return struct{}{}, s.registry.invite(c.r.Context(), c.device, q.Cap)
+}
+
+func (s *Server) listInvites(c call) (any, error) {
+	infos, err := s.registry.invites(c.r.Context(), c.device)
+	return coord.InviteList{Invites: infos}, err
+}
+
+func (s *Server) listNodes(c call) (any, error) {
+	infos, err := s.registry.nodes(c.r.Context(), c.device)
+	for i := range infos {
+		infos[i].Online, infos[i].LastSeen = s.hub.presence(infos[i].Device)
+	}
+	return coord.NodeList{Nodes: infos}, err
+}
+
+// upgrade turns the connection into a stream.
+func (s *Server) upgrade(w http.ResponseWriter, c call) error {
+	if !strings.EqualFold(c.r.Header.Get("Upgrade"), "overlay") {
+		return refuse(coord.CodeBadRequest, "a stream begins with Upgrade: overlay")
+	}
+	if err := s.ready(c); err != nil {
+		return err
+	}
+	key, err := c.exporter(coord.ExporterSTUN)
+	if err != nil {
+		return fmt.Errorf("export key of the connection: %w", err)
+	}
+	conn, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return fmt.Errorf("take over the connection: %w", err)
+	}
+	// From here on there is nobody to answer an error to.
+	_, err = fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: overlay\r\n%s: %d\r\n\r\n",
+		coord.HeaderVersion, coord.Version)
+	if err != nil || rw.Reader.Buffered() > 0 || conn.SetDeadline(time.Time{}) != nil {
+		_ = conn.Close()
+		return nil
+	}
+	st := &stream{device: c.device, key: key, conn: conn}
+	welcome := coord.Welcome{STUN: s.stunPorts, Time: time.Now().UTC()}
+	if !s.hub.attach(st, welcome, c.r.Header.Get(coord.HeaderResume)) {
+		_ = conn.Close()
+	}
+	return nil
+}
+
+// ready waits until the hub knows the member that the store knows.
+func (s *Server) ready(c call) error {
+	revision, err := s.registry.member(c.r.Context(), c.device)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(c.r.Context(), writeDeadline)
+	defer cancel()
+	if err := s.hub.await(ctx, revision); err != nil {
+		return fmt.Errorf("wait for the netmap: %w", err)
+	}
+	c.release()
+	return nil
+}

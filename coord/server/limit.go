@@ -1,0 +1,229 @@
+package server
+
+import (
+	"errors"
+	"hash/maphash"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+const (
+	maxAnonymous = 16              // connections of one network served before they are members'
+	maxWaiting   = 240             // more of them that wait for their turn
+	maxAllAnon   = 4096            // connections of all networks together
+	waitForTurn  = 4 * time.Second // less than what a client waits for an answer
+
+	failuresPerSource = 10 // failed joins a minute
+	failuresTotal     = 100
+	stunPerSource     = 50 // plain Binding requests a second
+	stunBurst         = 200
+	bucketSlots       = 4096
+)
+
+// network is what limits count by: one customer's addresses.
+func network(a netip.Addr) netip.Prefix {
+	a = a.Unmap().WithZone("")
+	bits := 24
+	if a.Is6() {
+		bits = 56
+	}
+	p, _ := a.Prefix(bits) // fails only for the zero address, one network as well
+	return p
+}
+
+func networkOf(a net.Addr) netip.Prefix {
+	if tcp, ok := a.(*net.TCPAddr); ok {
+		return network(tcp.AddrPort().Addr())
+	}
+	return netip.Prefix{}
+}
+
+// buckets limits how often something happens per network. It has a fixed size,
+// so nobody can fill memory with networks; two that share a slot, which nobody
+// can predict, share the limit. It is safe for concurrent use.
+type buckets struct {
+	rate  float64 // per second
+	burst float64
+	seed  maphash.Seed
+	now   func() time.Time
+
+	mu    sync.Mutex
+	slots [bucketSlots]bucket
+}
+
+type bucket struct {
+	spent float64 // as of at
+	at    time.Time
+}
+
+func newBuckets(rate, burst float64, now func() time.Time) *buckets {
+	return &buckets{rate: rate, burst: burst, seed: maphash.MakeSeed(), now: now}
+}
+
+// left says how many are left to a network; it spends none.
+func (b *buckets) left(n netip.Prefix) float64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.burst - b.refill(n).spent
+}
+
+// spend takes one from a network's bucket. It says false, and takes none, when
+// the bucket is empty.
+func (b *buckets) spend(n netip.Prefix) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := b.refill(n)
+	if s.spent+1 > b.burst {
+		return false
+	}
+	s.spent++
+	return true
+}
+
+func (b *buckets) refill(n netip.Prefix) *bucket {
+	s := &b.slots[maphash.Comparable(b.seed, n)%bucketSlots]
+	now := b.now()
+	s.spent = max(0, s.spent-max(0, now.Sub(s.at).Seconds())*b.rate)
+	s.at = now
+	return s
+}
+
+// gate bounds the connections that are nobody's yet. Of each network only
+// maxAnonymous are served at once, some more wait for their turn, the rest are
+// closed. It is safe for concurrent use.
+type gate struct {
+	mu    sync.Mutex
+	lanes map[netip.Prefix]*lane
+	total int
+}
+
+// lane is one network's share.
+type lane struct {
+	held int           // connections, served or waiting
+	turn chan struct{} // one element for each that is served
+}
+
+// gatedListener gives every connection its place in the gate.
+type gatedListener struct {
+	net.Listener
+	gate *gate
+}
+
+// Accept implements net.Listener.
+func (l gatedListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if g := l.gate.enter(c); g != nil {
+			return g, nil
+		}
+		_ = c.Close()
+	}
+}
+
+func (g *gate) enter(c net.Conn) *gatedConn {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	source := networkOf(c.RemoteAddr())
+	l := g.lanes[source]
+	if g.total >= maxAllAnon || l != nil && l.held >= maxAnonymous+maxWaiting {
+		return nil
+	}
+	if l == nil {
+		l = &lane{turn: make(chan struct{}, maxAnonymous)}
+		g.lanes[source] = l
+	}
+	l.held++
+	g.total++
+	return &gatedConn{Conn: c, gate: g, lane: l, source: source, closed: make(chan struct{})}
+}
+
+func (g *gate) leave(source netip.Prefix, l *lane) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.total--
+	if l.held--; l.held == 0 {
+		delete(g.lanes, source)
+	}
+}
+
+// gatedConn reads nothing before it is its turn.
+type gatedConn struct {
+	net.Conn
+	gate   *gate
+	lane   *lane
+	source netip.Prefix
+	closed chan struct{}
+
+	mu       sync.Mutex
+	begun    bool
+	serving  bool // holds a turn
+	released bool
+	ended    bool
+}
+
+var errNoTurn = errors.New("too many connections of this network")
+
+// Read implements net.Conn.
+func (c *gatedConn) Read(b []byte) (int, error) {
+	if err := c.begin(); err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(b)
+}
+
+func (c *gatedConn) begin() error {
+	c.mu.Lock()
+	first := !c.begun && !c.released
+	c.begun = true
+	c.mu.Unlock()
+	if !first {
+		return nil
+	}
+	wait := time.NewTimer(waitForTurn)
+	defer wait.Stop()
+	select {
+	case c.lane.turn <- struct{}{}:
+	case <-c.closed:
+		return net.ErrClosed
+	case <-wait.C:
+		return errNoTurn
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.serving = !c.released; !c.serving {
+		<-c.lane.turn
+	}
+	return nil
+}
+
+// release makes room for the next of the network: the connection is a member's,
+// or it has ended.
+func (c *gatedConn) release() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.released {
+		return
+	}
+	c.released = true
+	if c.serving {
+		<-c.lane.turn
+	}
+	c.gate.leave(c.source, c.lane)
+}
+
+// Close implements net.Conn.
+func (c *gatedConn) Close() error {
+	c.release()
+	c.mu.Lock()
+	if !c.ended {
+		c.ended = true
+		close(c.closed)
+	}
+	c.mu.Unlock()
+	return c.Conn.Close()
+}

@@ -1,0 +1,272 @@
+// Package server is the coordination server: it admits devices with invites,
+// keeps names and addresses unique, tells every node who is in the mesh, carries
+// sealed signals between nodes, and answers STUN.
+//
+// It holds none of the keys that make a mesh: it can refuse service, but peers
+// believe nothing of it that is not signed by the mesh's owner or the devices
+// themselves.
+package server
+
+import (
+	"cmp"
+	"context"
+	"crypto/ed25519"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"overlay/coord"
+	"overlay/coord/store"
+	"overlay/coord/trust"
+)
+
+const (
+	defaultListen = ":443"
+	defaultSTUN   = ":3478"
+	defaultMesh   = "home"
+	defaultState  = "/var/lib/overlay-coord"
+
+	storeFile = "store.db"
+	keyFile   = "server.key"
+
+	headerTimeout  = 5 * time.Second
+	requestTimeout = 15 * time.Second // to read a request, and to answer it
+	idleTimeout    = 120 * time.Second
+	maxHeader      = 8 << 10
+	drainTime      = 2 * time.Second // for requests under way when the server ends
+	sweepEvery     = time.Minute
+)
+
+// Config says how to run a server. The zero Config is the default.
+type Config struct {
+	Listen   string       // TCP, and UDP for STUN; default ":443"
+	STUN     string       // UDP; the next port answers too; default ":3478"
+	Public   string       // HOST[:PORT] nodes reach the server at; empty: found out
+	Prefix   netip.Prefix // the mesh's IPv4 prefix; invalid: its owner chooses
+	Mesh     string       // name of the mesh to be founded; default "home"
+	StateDir string       // default "/var/lib/overlay-coord"
+	Log      *slog.Logger // nil: silent
+}
+
+// Server is one running coordination server. It is made by Open.
+type Server struct {
+	log      *slog.Logger
+	mesh     string
+	public   string
+	key      ed25519.PrivateKey
+	store    store.Store
+	registry *registry
+	hub      *hub
+	stun     *stunServer
+
+	failures    *buckets
+	allFailures *buckets
+
+	listener  net.Listener
+	udp       []*net.UDPConn
+	stunPorts []uint16
+
+	invite    coord.Invite
+	ownerless bool
+}
+
+// Open reads the state and opens the sockets; nothing is served before Run. Its
+// errors are for the operator: they say what to do.
+func Open(c Config) (*Server, error) {
+	c.Listen, c.STUN = cmp.Or(c.Listen, defaultListen), cmp.Or(c.STUN, defaultSTUN)
+	c.Mesh, c.StateDir = cmp.Or(c.Mesh, defaultMesh), cmp.Or(c.StateDir, defaultState)
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := trust.ValidName(c.Mesh); err != nil {
+		return nil, fmt.Errorf("--mesh: %w", err)
+	}
+	if err := checkPrefix(c.Prefix); err != nil {
+		return nil, err
+	}
+	s := &Server{log: c.Log, mesh: c.Mesh}
+	if err := s.open(c); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// checkPrefix refuses early what no State could hold.
+func checkPrefix(p netip.Prefix) error {
+	if p == (netip.Prefix{}) {
+		return nil
+	}
+	if !p.IsValid() || !p.Addr().Is4() || p != p.Masked() || p.Bits() < 8 || p.Bits() > 30 {
+		return fmt.Errorf("--prefix %v is not an IPv4 network of /8 to /30, like 100.80.0.0/16", p)
+	}
+	return nil
+}
+
+func (s *Server) open(c Config) error {
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	var err error
+	// The store first: its lock keeps a second server off the key.
+	s.store, err = store.OpenBolt(filepath.Join(c.StateDir, storeFile))
+	if errors.Is(err, store.ErrLocked) {
+		return fmt.Errorf("another overlay coord runs on %s. Stop it, or use --state DIR: %w", c.StateDir, err)
+	}
+	if err != nil {
+		return err
+	}
+	if s.key, err = loadKey(filepath.Join(c.StateDir, keyFile)); err != nil {
+		return err
+	}
+	if err := s.listen(c); err != nil {
+		return err
+	}
+	if s.public, err = publicAddress(c.Public, s.listener.Addr(), s.log); err != nil {
+		return err
+	}
+	return s.assemble(c)
+}
+
+func (s *Server) assemble(c Config) error {
+	pin, err := keyPin(s.key)
+	if err != nil {
+		return err
+	}
+	s.hub = newHub(s.store, s.log, time.Now)
+	s.registry = &registry{
+		store: s.store, key: s.key, pin: pin, prefix: c.Prefix,
+		now: time.Now, online: s.hub.online,
+	}
+	s.failures = newBuckets(failuresPerSource/60.0, failuresPerSource, time.Now)
+	s.allFailures = newBuckets(failuresTotal/60.0, failuresTotal, time.Now)
+	s.stun = &stunServer{
+		session: s.hub.sessionKey, tokens: s.hub.tokens,
+		limit: newBuckets(stunPerSource, stunBurst, time.Now), log: s.log,
+	}
+	if err := s.hub.load(context.Background()); err != nil {
+		return err
+	}
+	return s.makeOwnerInvite(pin)
+}
+
+// makeOwnerInvite voids the last owner invite and makes a new one, as long as
+// nobody owns the mesh.
+func (s *Server) makeOwnerInvite(pin trust.Hash) error {
+	return update(context.Background(), s.store, func(t *txn) error {
+		if _, founded := get[meshRecord](t, keyMesh); founded || t.err != nil {
+			return nil
+		}
+		get[ownerRecord](t, keyOwner)
+		var err error
+		if s.invite, err = coord.NewInvite(coord.InviteOwner, pin, s.public); err != nil {
+			return err
+		}
+		public := s.invite.Key().Public().(ed25519.PublicKey)
+		t.put(keyOwner, ownerRecord{Invite: trust.Key(public)})
+		s.ownerless = true
+		return nil
+	})
+}
+
+// OwnerInvite is the invite that makes its user the owner of the mesh, and
+// whether there is one: only as long as the mesh has no owner.
+func (s *Server) OwnerInvite() (coord.Invite, bool) { return s.invite, s.ownerless }
+
+// Addr is the TCP address the server listens on.
+func (s *Server) Addr() netip.AddrPort {
+	return s.listener.Addr().(*net.TCPAddr).AddrPort()
+}
+
+// Run serves until ctx ends or something breaks, then closes the server.
+func (s *Server) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	cert, err := tlsCertificate(s.key)
+	if err != nil {
+		return errors.Join(err, s.Close())
+	}
+	web := s.httpServer()
+	s.hub.run(ctx, group)
+	group.Go(func() error {
+		l := tls.NewListener(gatedListener{s.listener, &gate{lanes: map[netip.Prefix]*lane{}}}, tlsConfig(cert))
+		if err := web.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve %v: %w", s.Addr(), err)
+		}
+		return nil
+	})
+	for _, c := range s.udp {
+		group.Go(func() error { return s.stun.serve(ctx, c) })
+	}
+	group.Go(func() error { return s.sweep(ctx) })
+	group.Go(func() error {
+		<-ctx.Done()
+		s.closeUDP()
+		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		defer cancel()
+		if err := web.Shutdown(drain); err != nil {
+			_ = web.Close() // who is still there after drainTime is cut off
+		}
+		return nil
+	})
+	s.log.Info("serving", "listen", s.Addr(), "public", s.public, "stun", s.stunPorts)
+	return errors.Join(group.Wait(), s.Close())
+}
+
+func (s *Server) httpServer() *http.Server {
+	only1 := new(http.Protocols)
+	only1.SetHTTP1(true)
+	return &http.Server{
+		Handler:           s.routes(),
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       requestTimeout,
+		WriteTimeout:      requestTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		Protocols:         only1,
+		ConnContext:       newPeer,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+}
+
+// sweep frees what expired, so that it is free also when nobody joins.
+func (s *Server) sweep(ctx context.Context) error {
+	t := time.NewTicker(sweepEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+			if err := s.registry.sweep(ctx); err != nil && ctx.Err() == nil {
+				s.log.Error("cannot free expired names and addresses", "err", err)
+			}
+		}
+	}
+}
+
+func (s *Server) closeUDP() {
+	for _, c := range s.udp {
+		_ = c.Close()
+	}
+}
+
+// Close frees the sockets and the state of a server that does not run. Run
+// closes by itself.
+func (s *Server) Close() error {
+	if s.listener != nil {
+		_ = s.listener.Close()
+	}
+	s.closeUDP()
+	if s.store == nil {
+		return nil
+	}
+	return s.store.Close()
+}

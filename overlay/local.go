@@ -146,7 +146,7 @@ func read(r *http.Request, v any) error {
 func (n *Node) with(w http.ResponseWriter, do func(*session) (any, error)) {
 	s := n.current()
 	if s == nil {
-		answer(w, nil, fail(Refused, "ask its owner for an invite, then: overlay up ovl1_...", "this machine has not joined a mesh"))
+		answer(w, nil, errNotJoined())
 		return
 	}
 	v, err := do(s)

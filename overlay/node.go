@@ -177,7 +177,7 @@ func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func
 		return false, sameMesh(&m, r.Invite)
 	}
 	if r.Invite == "" {
-		return false, fail(Refused, "ask its owner for an invite, then: overlay up ovl1_...", "this machine has not joined a mesh")
+		return false, errNotJoined()
 	}
 	inv, err := parseInvite(r.Invite)
 	if err != nil {

@@ -79,6 +79,10 @@ func (s store) open() error {
 		}
 		return s.saveError(err)
 	}
+	return s.checkModes()
+}
+
+func (s store) checkModes() error {
 	for _, name := range []string{keysFile, meshFile, settingsFile} {
 		if err := s.checkMode(name); err != nil {
 			return err

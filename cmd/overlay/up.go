@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"overlay/overlay"
+)
+
+const (
+	inviteEnv      = "OVERLAY_INVITE"
+	maxInviteInput = 8 << 10
+)
+
+// upVerb is one run of `overlay up`.
+type upVerb struct {
+	node       *nodeFlags
+	request    overlay.UpRequest
+	foreground bool
+	daemon     bool
+}
+
+// upCommand joins if needed and connects.
+func upCommand() *cobra.Command {
+	v := &upVerb{}
+	cmd := &cobra.Command{
+		Use:   "up [INVITE|-]",
+		Short: "join the mesh if needed, connect, and return when online",
+		Long: `Joins with an invite the first time, connects, and returns when this machine is
+online; a daemon stays. With "-" the invite is read from standard input; it may
+also be in the variable OVERLAY_INVITE. Flags are remembered.`,
+		Args: cobra.MaximumNArgs(1),
+	}
+	v.node = addNodeFlags(cmd, "state", "interface", "listen-port")
+	f := cmd.Flags()
+	f.StringVar(&v.request.Name, "name", "", "name of this machine (default its host name)")
+	f.StringVar(&v.request.Server, "server", "", "HOST:PORT of the server, instead of the invite's")
+	f.IntVar(&v.request.MTU, "mtu", 0, fmt.Sprintf("MTU of the interface (default %d)", overlay.DefaultMTU))
+	f.BoolVar(&v.foreground, "foreground", false, "run the daemon here, log to standard error")
+	f.BoolVar(&v.daemon, "daemon", false, "run the daemon here, log to the state directory, wait for another up")
+	f.Lookup("daemon").Hidden = true
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := v.read(cmd, args); err != nil {
+			return err
+		}
+		if v.foreground || v.daemon {
+			return v.serve(cmd)
+		}
+		return v.run(cmd)
+	}
+	return cmd
+}
+
+// read completes the request and refuses, before anything is started, what
+// cannot work.
+func (v *upVerb) read(cmd *cobra.Command, args []string) error {
+	v.request.Interface, v.request.ListenPort = v.node.iface, v.node.listenPort
+	for name, value := range map[string]int{"mtu": v.request.MTU, "listen-port": v.request.ListenPort} {
+		if value == 0 && cmd.Flags().Changed(name) {
+			return failure(overlay.Usage, "leave the flag out to keep what is saved", "--%s 0 is out of range", name)
+		}
+	}
+	var err error
+	if v.request.Invite, err = readInvite(cmd, args); err != nil {
+		return err
+	}
+	if err := v.request.Check(); err != nil {
+		return err
+	}
+	return overlay.CheckMachine()
+}
+
+func readInvite(cmd *cobra.Command, args []string) (string, error) {
+	invite := os.Getenv(inviteEnv)
+	if len(args) == 1 {
+		invite = args[0]
+	}
+	if invite == "-" {
+		b, err := io.ReadAll(io.LimitReader(cmd.InOrStdin(), maxInviteInput))
+		if err != nil {
+			return "", fmt.Errorf("read the invite from standard input: %w", err)
+		}
+		return string(b), overlay.CheckInvite(string(b))
+	}
+	if invite == "" && len(args) == 0 {
+		return "", nil
+	}
+	return invite, overlay.CheckInvite(invite)
+}
+
+// run has a daemon do the request and shows its progress.
+func (v *upVerb) run(cmd *cobra.Command) error {
+	ctx, started := cmd.Context(), false
+	if !running(v.node.socket) {
+		if err := v.start(ctx); err != nil {
+			return err
+		}
+		started = true
+	}
+	res, err := v.node.client().Up(ctx, v.request, progressTo(cmd.ErrOrStderr()))
+	if err == nil {
+		return showUp(cmd, res)
+	}
+	if started {
+		// What it could not do for this request it shall not go on trying.
+		if err := stopDaemon(context.WithoutCancel(ctx), v.node); err != nil && overlay.KindOf(err) != overlay.NotRunning {
+			printError(cmd.ErrOrStderr(), err)
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return err
+}
+
+// running says whether a daemon answers at the socket, or keeps us from
+// asking.
+func running(socket string) bool {
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		return os.IsPermission(err)
+	}
+	_ = c.Close()
+	return true
+}
+
+// progressTo shows each step of coming up as a line.
+func progressTo(w io.Writer) func(overlay.Progress) {
+	return func(p overlay.Progress) {
+		mark := " "
+		if p.Warn {
+			mark = "!"
+		}
+		fmt.Fprintf(w, "%s %-10s %s\n", mark, clean(p.Step), clean(p.Text))
+	}
+}
+
+// showUp prints the first invite of a mesh that was just founded.
+func showUp(cmd *cobra.Command, res overlay.UpResult) error {
+	if res.Invite == "" {
+		return nil
+	}
+	fmt.Fprintln(cmd.ErrOrStderr(), "to add a machine, run there:  sudo overlay up  with this invite (works once, for 24 h):")
+	return printLine(cmd.OutOrStdout(), res.Invite)
+}

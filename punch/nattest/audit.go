@@ -15,6 +15,9 @@ const (
 	maxPerEndpoint = 20  // packets per second to one address and port of a peer
 	maxPerAddress  = 100 // packets per second to one address
 	maxFaults      = 10
+	// consentExpiry is when an address that answered counts as one that did not
+	// (RFC 7675 section 5.1).
+	consentExpiry = 30 * time.Second
 )
 
 // audit holds what one agent sends against the law: where it must never send,
@@ -26,9 +29,9 @@ type audit struct {
 
 	mu        sync.Mutex
 	local     []netip.Prefix
-	answered  map[netip.AddrPort]bool // sent a success response
-	heard     map[netip.AddrPort]bool // sent anything
-	opened    map[netip.AddrPort]bool // got an opener from us
+	answered  map[netip.AddrPort]time.Time // when it last sent a success response
+	heard     map[netip.AddrPort]bool      // sent anything
+	opened    map[netip.AddrPort]bool      // got an opener from us
 	endpoints map[check][]time.Time
 	addresses map[netip.Addr][]time.Time
 	checks    uint64 // packets to elsewhere than the servers
@@ -54,7 +57,7 @@ func checkOf(b []byte, to netip.AddrPort) check {
 }
 
 func newAudit(servers []netip.AddrPort, forbidden func(netip.AddrPort) bool) *audit {
-	return &audit{servers: servers, forbidden: forbidden, answered: map[netip.AddrPort]bool{}}
+	return &audit{servers: servers, forbidden: forbidden, answered: map[netip.AddrPort]time.Time{}}
 }
 
 // attach begins anew in a network where the own addresses are local: its NAT
@@ -74,7 +77,7 @@ func (a *audit) received(b []byte, from netip.AddrPort) {
 	defer a.mu.Unlock()
 	a.heard[from] = true
 	if messageType(b) == stun.BindingSuccess {
-		a.answered[from] = true
+		a.answered[from] = time.Now()
 	}
 }
 
@@ -98,10 +101,10 @@ func (a *audit) sent(b []byte, to netip.AddrPort, ttl int) {
 	} else if global(to.Addr()) && !a.onLink(to.Addr()) && !a.opened[to] && !a.heard[to] && messageType(b) == stun.BindingRequest {
 		a.fault("full TTL to %s before an opener", to)
 	}
-	if a.answered[to] {
+	now := time.Now()
+	if now.Sub(a.answered[to]) < consentExpiry {
 		return
 	}
-	now := time.Now()
 	if n := count(a.endpoints, checkOf(b, to), now); n > maxPerEndpoint {
 		a.fault("%d packets within a second to %s, which never answered", n, to)
 	}

@@ -145,6 +145,23 @@ func TestUnannounced(t *testing.T) {
 	}
 }
 
+// TestPoisoned changes the outer address of a laptop whose peer's router takes
+// the data, which goes on until the path is doubted, for its own: only silence
+// helps.
+func TestPoisoned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := nattest.NewWorld(13, homeLink)
+		defer w.Stop()
+		a, router := laptop(w, 0, kinds()[1], homeLink, "192.168.1.2/24")
+		b, _ := laptop(w, 1, kinds()[2], homeLink, "192.168.2.2/24")
+		connect(t, a, b)
+		defer talk(a, b)()
+		router.SetWAN(netip.MustParseAddr("203.0.113.88"))
+		expectTraffic(t, a, b, 5*time.Minute)
+		expectNoFaults(t, w)
+	})
+}
+
 func TestLinkCut(t *testing.T) {
 	for _, length := range []time.Duration{time.Second, 5 * time.Second, 20 * time.Second, 2 * time.Minute} {
 		t.Run(length.String(), func(t *testing.T) {

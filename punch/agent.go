@@ -24,12 +24,12 @@ type Agent struct {
 	boot    uint64        // our boot id: the time of the start
 	wake    chan struct{} // Run has something to do
 
-	mu        sync.Mutex
-	peers     map[Key]*peer
-	users     map[user]*peer // who sends checks with this user name
-	sent      map[transactionID]transaction
-	addresses map[netip.Addr]*bucket
-	queue     queue
+	mu     sync.Mutex
+	peers  map[Key]*peer
+	users  map[user]*peer // who sends checks with this user name
+	sent   map[transactionID]transaction
+	limits buckets[netip.Addr]
+	queue  queue
 
 	local   []netip.Prefix
 	port    uint16
@@ -80,16 +80,16 @@ func New(c Config) (*Agent, error) {
 		return nil, fmt.Errorf("new agent: read private key: %w", err)
 	}
 	a := &Agent{
-		cfg:       c,
-		log:       c.Log,
-		private:   private,
-		boot:      uint64(time.Now().UnixNano()),
-		wake:      make(chan struct{}, 1),
-		peers:     map[Key]*peer{},
-		users:     map[user]*peer{},
-		sent:      map[transactionID]transaction{},
-		addresses: map[netip.Addr]*bucket{},
-		moved:     make(chan struct{}),
+		cfg:     c,
+		log:     c.Log,
+		private: private,
+		boot:    uint64(time.Now().UnixNano()),
+		wake:    make(chan struct{}, 1),
+		peers:   map[Key]*peer{},
+		users:   map[user]*peer{},
+		sent:    map[transactionID]transaction{},
+		limits:  buckets[netip.Addr]{},
+		moved:   make(chan struct{}),
 	}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)

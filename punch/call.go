@@ -209,7 +209,7 @@ type outgoing struct {
 
 // sendCheck sends a check on a pair if the limits allow it.
 func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
-	if !a.mayProbe(q, how.now) {
+	if !a.mayProbe(p, q, how.now) {
 		return
 	}
 	p.counter++

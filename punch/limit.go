@@ -2,7 +2,6 @@ package punch
 
 import (
 	"maps"
-	"net/netip"
 	"time"
 )
 
@@ -11,8 +10,9 @@ const (
 	pairRate    = 20
 	addressRate = 100
 	signalRate  = 10
-	// maxAddresses bounds the table of rate-limited addresses.
-	maxAddresses = 4096
+	// Bounds of the tables of addresses that have not answered.
+	maxPairLimits = 4 * MaxCandidates
+	maxAddresses  = 4096
 )
 
 // bucket limits a rate. In any one second at most rate events pass: half of
@@ -49,30 +49,39 @@ func (b *bucket) wait(rate float64) time.Duration {
 	return max(0, time.Duration(missing/(rate/2)*float64(time.Second)))
 }
 
-// mayProbe charges one packet to an address that has not answered: to the pair
-// and, over all peers, to the IP address.
-func (a *Agent) mayProbe(q *pair, now time.Time) bool {
-	if q.valid {
-		return true
-	}
-	ip := q.addr.Addr()
-	b := a.addresses[ip]
+// buckets limits a rate per key. Only keys whose bucket is not full are kept.
+type buckets[K comparable] map[K]*bucket
+
+// quota is what a table of buckets allows.
+type quota struct {
+	rate float64
+	most int // keys; further ones get nothing
+}
+
+func (t buckets[K]) take(key K, now time.Time, allowed quota) bool {
+	b := t[key]
 	if b == nil {
-		if len(a.addresses) >= maxAddresses {
-			a.forgetAddresses(now)
+		if len(t) >= allowed.most {
+			maps.DeleteFunc(t, func(_ K, b *bucket) bool {
+				b.drain(now, allowed.rate)
+				return b.used == 0
+			})
 		}
-		if len(a.addresses) >= maxAddresses {
+		if len(t) >= allowed.most {
 			return false
 		}
 		b = &bucket{}
-		a.addresses[ip] = b
+		t[key] = b
 	}
-	return q.limit.take(now, pairRate) && b.take(now, addressRate)
+	return b.take(now, allowed.rate)
 }
 
-func (a *Agent) forgetAddresses(now time.Time) {
-	maps.DeleteFunc(a.addresses, func(_ netip.Addr, b *bucket) bool {
-		b.drain(now, addressRate)
-		return b.used == 0
-	})
+// mayProbe charges one packet to an address that has not answered: to the peer's
+// transport address and, over all peers, to the IP address.
+func (a *Agent) mayProbe(p *peer, q *pair, now time.Time) bool {
+	if q.valid {
+		return true
+	}
+	return p.limits.take(q.addr, now, quota{pairRate, maxPairLimits}) &&
+		a.limits.take(q.addr.Addr(), now, quota{addressRate, maxAddresses})
 }

@@ -132,7 +132,7 @@ func (a *Agent) watch(p *peer, now time.Time) {
 	active := p.active(now)
 	silent := active && !p.sendingFrom.IsZero() && now.Sub(p.sendingFrom) >= silence
 	idle := !active && !a.near(p.selected.addr) && now.Sub(p.sentAt) >= keepalive
-	if wanted || silent && !p.selected.suspect || idle {
+	if wanted || silent || idle {
 		p.startProbe(now)
 	}
 	if active && now.Sub(p.consentAt) >= consentInterval {
@@ -155,7 +155,7 @@ func (a *Agent) consent(p *peer, now time.Time) {
 }
 
 func (p *peer) startProbe(now time.Time) {
-	if p.selected == nil || !p.probe.began.IsZero() {
+	if p.selected == nil || p.selected.suspect || !p.probe.began.IsZero() {
 		return
 	}
 	deadline := max(3*p.selected.rtt, minDeadline)
@@ -228,7 +228,7 @@ func (p *peer) hear(q *pair, now time.Time) {
 	}
 	p.startProbe(now)
 	p.uncertain = true
-	if p.probe.early.IsZero() && now.Sub(q.since) <= quiet {
+	if !p.probe.began.IsZero() && p.probe.early.IsZero() && now.Sub(q.since) <= quiet {
 		p.probe.early = now.Add(s.rtt + max(4*s.varied, minMargin))
 	}
 }

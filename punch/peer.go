@@ -25,7 +25,6 @@ type pair struct {
 	addr   netip.AddrPort
 	typ    CandidateType
 	source source
-	limit  bucket
 	tried  bool // was part of a round
 
 	attempt int       // checks of this round that left
@@ -55,6 +54,7 @@ type peer struct {
 	published Nonce
 	online    bool
 	pairs     []*pair // at most MaxCandidates
+	limits    buckets[netip.AddrPort]
 	checks    replay
 	signals   replay
 	counter   uint64 // of our checks and signals to it
@@ -102,7 +102,7 @@ func (a *Agent) newPeer(k Key) (*peer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("new peer: %w", err)
 	}
-	p := &peer{key: k, secrets: s, index: -1}
+	p := &peer{key: k, secrets: s, limits: buckets[netip.AddrPort]{}, index: -1}
 	for i, nonce := range a.cfg.Nonces {
 		p.users[i] = s.user(nonce)
 		a.users[p.users[i]] = p

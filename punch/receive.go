@@ -55,14 +55,18 @@ func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, now time.Time
 		p.receive(now)
 	}
 	a.reply(p, q, c.id, now)
-	if !q.valid || q.suspect || now.Sub(q.answered) > consentInterval {
+	enough := consentExpiry
+	if p.active(now) {
+		enough = consentInterval
+	}
+	if !q.valid || q.suspect || now.Sub(q.answered) > enough {
 		a.sendCheck(p, q, outgoing{now: now})
 	}
 	a.schedule(p, now)
 }
 
 func (a *Agent) reply(p *peer, q *pair, id transactionID, now time.Time) {
-	if !a.mayProbe(q, now) {
+	if !a.mayProbe(p, q, now) {
 		return
 	}
 	b, err := answer(id, q.addr, p.secrets.check)

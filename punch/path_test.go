@@ -1,0 +1,292 @@
+package punch
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+)
+
+// connected returns two nodes with paths, after the first rounds.
+func connected(w *world) (a, b *node) {
+	w.t.Helper()
+	a, b = w.gathered(1, outerA), w.gathered(2, outerB)
+	meet(a, b)
+	time.Sleep(3 * time.Second)
+	a.wantPath(b, b.outer)
+	b.wantPath(a, a.outer)
+	return a, b
+}
+
+// TestSuspect cuts the path under traffic: calls begin within 0.7 s, the path
+// stays until giveUp, and comes back by itself.
+func TestSuspect(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		a.talk(b, 2*time.Second, true)
+		w.setDrop(func(x wire) bool { return x.to != stunAddr() })
+		cut, signals := time.Now(), w.signals
+		a.talk(b, 700*time.Millisecond, false)
+		if w.signals == signals {
+			t.Error("no call")
+		}
+		a.wantPath(b, b.outer)
+		a.talk(b, 7*time.Second, false)
+		a.wantPath(b, netip.AddrPort{})
+		last := len(a.paths) - 1
+		if took := a.pathAt[last].Sub(cut); a.paths[last].Addr.IsValid() || took < giveUp {
+			t.Errorf("told %v after %v", a.paths[last], took)
+		}
+		w.setDrop(nil)
+		a.talk(b, 11*time.Second, false)
+		a.wantPath(b, b.outer)
+	})
+}
+
+// TestChecksKillNothing drops all checks while data arrives both ways.
+func TestChecksKillNothing(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		w.setDrop(func(x wire) bool { return x.to != stunAddr() })
+		a.talk(b, 2*time.Minute, true)
+		a.wantPath(b, b.outer)
+		if len(a.paths) != 1 {
+			t.Errorf("told %v", a.paths)
+		}
+	})
+}
+
+// TestLossKillsNothing loses every third packet of a one-way stream.
+func TestLossKillsNothing(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		count := 0
+		w.setDrop(func(x wire) bool {
+			count++
+			return count%3 == 0
+		})
+		a.talk(b, time.Minute, false)
+		if len(a.paths) != 1 {
+			t.Errorf("told %v", a.paths)
+		}
+	})
+}
+
+// TestConsent counts packets under traffic and when idle.
+func TestConsent(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		begin := time.Now()
+		a.talk(b, time.Minute, true)
+		busy := requests(w.between(a.outer, b.outer, begin))
+		if busy < 11 || busy > 14 {
+			t.Errorf("%d checks in a minute of traffic", busy)
+		}
+		time.Sleep(time.Minute)
+		begin = time.Now()
+		time.Sleep(10 * time.Minute)
+		idle := w.between(a.outer, b.outer, begin)
+		for i, x := range idle[1:] {
+			if gap := x.at.Sub(idle[i].at); gap > keepalive+time.Millisecond {
+				t.Errorf("nothing sent for %v", gap)
+			}
+		}
+		if n := requests(idle); n > 25 {
+			t.Errorf("%d checks in 10 idle minutes", n)
+		}
+	})
+}
+
+func requests(list []wire) int {
+	n := 0
+	for _, x := range list {
+		if x.request() {
+			n++
+		}
+	}
+	return n
+}
+
+// TestIdleDeath lets the peer vanish while nothing is sent.
+func TestIdleDeath(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		w.setDrop(func(x wire) bool { return x.to != stunAddr() })
+		time.Sleep(keepalive + consentExpiry + giveUp)
+		a.wantPath(b, netip.AddrPort{})
+	})
+}
+
+// TestBetterPath offers a second path: one that is hardly better is not taken,
+// one that is clearly better is.
+func TestBetterPath(t *testing.T) {
+	for _, test := range []struct {
+		delay time.Duration
+		want  bool
+	}{{oneWay - time.Millisecond/2, false}, {oneWay / 2, true}} {
+		t.Run(test.delay.String(), func(t *testing.T) {
+			inWorld(t, func(w *world) {
+				a, b := connected(w)
+				second := netip.MustParseAddrPort("203.0.113.3:3000")
+				b.alias(second)
+				w.delay = func(x wire) time.Duration {
+					if x.to == second || x.from == second {
+						return test.delay
+					}
+					return oneWay
+				}
+				b.SetLocal([]netip.Prefix{netip.PrefixFrom(second.Addr(), 32)}, second.Port())
+				a.talk(b, 30*time.Second, true)
+				want := b.outer
+				if test.want {
+					want = second
+				}
+				a.wantPath(b, want)
+			})
+		})
+	}
+}
+
+// TestFailover cuts the path in use while another one answers.
+func TestFailover(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		second := netip.MustParseAddrPort("203.0.113.3:3000")
+		b.alias(second)
+		b.SetLocal([]netip.Prefix{netip.PrefixFrom(second.Addr(), 32)}, second.Port())
+		a.talk(b, 10*time.Second, true)
+		a.wantPath(b, b.outer)
+		w.setDrop(func(x wire) bool { return x.to == b.outer })
+		a.talk(b, 700*time.Millisecond, false)
+		a.wantPath(b, second)
+	})
+}
+
+// TestRoaming moves a node to another address, which its system tells it.
+func TestRoaming(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		b.outer = netip.MustParseAddrPort("203.0.113.77:7777")
+		b.NetworkChanged()
+		time.Sleep(200 * time.Millisecond)
+		a.wantPath(b, b.outer)
+		b.wantPath(a, a.outer)
+		if path, _ := b.Path(a.key); path.RTT > 4*oneWay {
+			t.Errorf("RTT %v", path.RTT)
+		}
+	})
+}
+
+// TestRoamingWithoutSignals is TestRoaming under traffic and without the server:
+// the check from the new address suffices.
+func TestRoamingWithoutSignals(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		b.talk(a, time.Second, true)
+		w.carry = func(_, _ *node) error { return errNoCarrier }
+		b.outer = netip.MustParseAddrPort("203.0.113.77:7777")
+		b.NetworkChanged()
+		a.talk(b, 200*time.Millisecond, true)
+		a.wantPath(b, b.outer)
+	})
+}
+
+// TestLocalChange wants the same of SetLocal, and nothing when it repeats itself.
+func TestLocalChange(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		local := []netip.Prefix{netip.MustParsePrefix("192.168.1.5/24"), netip.MustParsePrefix("127.0.0.1/8")}
+		signals := w.signals
+		a.SetLocal(local, 1000)
+		time.Sleep(time.Second)
+		if w.signals == signals {
+			t.Error("no call after a change")
+		}
+		if got := a.Candidates(); len(got) != 2 || got[0].Addr.String() != "192.168.1.5:1000" || got[0].Type != Host {
+			t.Errorf("candidates %v", got)
+		}
+		a.wantPath(b, b.outer)
+		signals = w.signals
+		a.SetLocal(local, 1000)
+		time.Sleep(time.Second)
+		if w.signals != signals {
+			t.Error("a call without a change")
+		}
+	})
+}
+
+// TestRestart restarts a peer: its checks are believed, and messages of before the
+// restart are not.
+func TestRestart(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		old := w.between(b.outer, a.outer, time.Time{})
+		b.stop()
+		b.stop = func() {}
+		b.outer = netip.AddrPort{}
+		again := w.gathered(2, outerB)
+		w.mu.Lock()
+		w.nodes = append(w.nodes[:1], again)
+		w.mu.Unlock()
+		again.SetPeer(a.info())
+		time.Sleep(200 * time.Millisecond)
+		again.wantPath(a, a.outer)
+		a.wantPath(again, again.outer)
+		elsewhere := netip.MustParseAddrPort("203.0.113.66:6666")
+		for _, x := range old {
+			a.Receive(x.b, elsewhere)
+		}
+		time.Sleep(time.Minute)
+		if n := len(w.between(a.outer, elsewhere, time.Time{})); n > 0 {
+			t.Errorf("%d packets in reply to messages of before the restart", n)
+		}
+	})
+}
+
+func TestPing(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := w.gathered(1, outerA), w.gathered(2, outerB)
+		a.online, b.online = false, false
+		meet(a, b)
+		begin := time.Now()
+		path, err := a.Ping(context.Background(), b.key)
+		if err != nil || path.Addr != b.outer || path.RTT != 2*oneWay {
+			t.Errorf("Ping = %v, %v", path, err)
+		}
+		// Signal there, check here, check there and back, ping there and back.
+		if took := time.Since(begin); took > 6*oneWay {
+			t.Errorf("took %v", took)
+		}
+		lost := 0
+		w.setDrop(func(wire) bool { lost++; return lost < 3 })
+		begin = time.Now()
+		if _, err := a.Ping(context.Background(), b.key); err != nil || time.Since(begin) > 3*pingInterval {
+			t.Errorf("with loss: %v after %v", err, time.Since(begin))
+		}
+		w.setDrop(func(wire) bool { return true })
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if _, err := a.Ping(ctx, b.key); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("without an answer: %v", err)
+		}
+		if _, err := a.Ping(context.Background(), Key{9}); !errors.Is(err, errUnknownPeer) {
+			t.Errorf("unknown peer: %v", err)
+		}
+	})
+}
+
+func TestRemovePeer(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		a.RemovePeer(b.key)
+		a.RemovePeer(b.key)
+		a.wantPath(b, netip.AddrPort{})
+		begin := time.Now()
+		b.NetworkChanged()
+		time.Sleep(time.Minute)
+		if n := len(w.between(a.outer, b.outer, begin)); n > 0 || len(a.sent) > 0 || len(a.users) > 0 {
+			t.Errorf("%d packets, %d checks, %d users of a removed peer", n, len(a.sent), len(a.users))
+		}
+	})
+}

@@ -1,0 +1,286 @@
+package punch
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pion/stun/v2"
+)
+
+// oneWay is the delay between any two, for datagrams and for signals.
+const oneWay = 20 * time.Millisecond
+
+// world is a network in which every node has an outer address; packets with a low
+// TTL die on the way. It keeps a record of what was sent.
+type world struct {
+	t *testing.T
+
+	mu      sync.Mutex
+	nodes   []*node
+	wires   []wire
+	drop    func(wire) bool
+	delay   func(wire) time.Duration
+	carry   func(from, to *node) error // nil: signals arrive
+	signals int
+}
+
+type wire struct {
+	at       time.Time
+	from, to netip.AddrPort
+	ttl      int
+	b        []byte
+}
+
+func (w wire) request() bool { return w.b[0] == 0 && w.b[1] == 1 }
+
+type node struct {
+	*Agent
+	w      *world
+	key    Key
+	nonce  Nonce
+	outer  netip.AddrPort
+	other  netip.AddrPort // a second address
+	online bool
+	stop   func()
+
+	// Guarded by the world's mutex.
+	paths    []Path
+	pathAt   []time.Time
+	told     [][]Candidate
+	activity Activity
+	atOther  map[transactionID]bool // arrived at the second address
+}
+
+var (
+	errNoCarrier = errors.New("no carrier")
+	errLost      = errors.New("lost on the way") // which the sender does not learn
+)
+
+// stunAddr is the server; it answers with the sender's outer address.
+func stunAddr() netip.AddrPort { return netip.MustParseAddrPort("198.51.100.1:3478") }
+
+func inWorld(t *testing.T, f func(*world)) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t}
+		defer func() {
+			for _, n := range w.nodes {
+				n.stop()
+			}
+		}()
+		f(w)
+	})
+}
+
+// join starts a node with the given key byte.
+func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
+	n := &node{w: w, nonce: Nonce{b}, outer: netip.MustParseAddrPort(outer), online: true}
+	private, key := keyPair(w.t, b)
+	n.key = key
+	a, err := New(Config{
+		PrivateKey:   [32]byte(private.Bytes()),
+		Nonces:       [2]Nonce{n.nonce, {b, 1}},
+		Send:         n.send,
+		Signal:       n.signal,
+		OnPath:       n.onPath,
+		OnCandidates: n.onCandidates,
+		Activity:     n.count,
+		Forbidden:    func(a netip.AddrPort) bool { return a == stunAddr() || slices.Contains(forbidden, a) },
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	n.Agent = a
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := a.Run(ctx); err != nil {
+			w.t.Error(err)
+		}
+	})
+	n.stop = func() { cancel(); running.Wait() }
+	w.mu.Lock()
+	w.nodes = append(w.nodes, n)
+	w.mu.Unlock()
+	return n
+}
+
+// gathered is join with a STUN server that has answered.
+func (w *world) gathered(b byte, outer string) *node {
+	n := w.join(b, outer)
+	n.SetServers([]Server{{Addr: stunAddr(), Username: []byte{b}, Key: []byte("secret")}})
+	time.Sleep(100 * time.Millisecond)
+	return n
+}
+
+// info is what the netmap says of n.
+func (n *node) info() Peer {
+	return Peer{Key: n.key, Nonce: n.nonce, Online: n.online, Candidates: []Candidate{{Addr: n.outer, Type: ServerReflexive}}}
+}
+
+// meet tells two nodes of each other.
+func meet(a, b *node) {
+	a.SetPeer(b.info())
+	b.SetPeer(a.info())
+}
+
+func (n *node) send(b []byte, to netip.AddrPort, ttl int) error {
+	w := n.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	x := wire{at: time.Now(), from: n.outer, to: to, ttl: ttl, b: bytes.Clone(b)}
+	if id := transactionID(b[8:20]); n.atOther[id] {
+		x.from = n.other
+	}
+	w.wires = append(w.wires, x)
+	if ttl != 0 || w.drop != nil && w.drop(x) {
+		return nil
+	}
+	delay := oneWay
+	if w.delay != nil {
+		delay = w.delay(x)
+	}
+	time.AfterFunc(delay, func() { w.arrive(n, x) })
+	return nil
+}
+
+func (w *world) arrive(from *node, x wire) {
+	if x.to == stunAddr() {
+		reply := serverAnswer(w.t, x)
+		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to) })
+		return
+	}
+	w.mu.Lock()
+	i := slices.IndexFunc(w.nodes, func(n *node) bool { return x.to == n.outer || x.to == n.other })
+	if i >= 0 && x.to == w.nodes[i].other {
+		w.nodes[i].atOther[transactionID(x.b[8:20])] = true
+	}
+	w.mu.Unlock()
+	if i >= 0 {
+		w.nodes[i].Receive(x.b, x.from)
+	}
+}
+
+// alias gives n a second address, from which it answers what arrives there.
+func (n *node) alias(addr netip.AddrPort) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.other, n.atOther = addr, map[transactionID]bool{}
+}
+
+// serverAnswer is what the coordination server does.
+func serverAnswer(t *testing.T, x wire) []byte {
+	m, err := decodeServer(x.b)
+	if err != nil {
+		t.Errorf("request: %v", err)
+	}
+	if err := stun.MessageIntegrity("secret").Check(m); err != nil {
+		t.Errorf("request: %v", err)
+	}
+	reply, err := stun.Build(m, stun.BindingSuccess,
+		&stun.XORMappedAddress{IP: x.from.Addr().AsSlice(), Port: int(x.from.Port())},
+		stun.RawAttribute{Type: AttrToken, Value: []byte(x.from.String())},
+		stun.MessageIntegrity("secret"))
+	if err != nil {
+		t.Error(err)
+	}
+	if len(reply.Raw) > len(x.b) {
+		t.Errorf("an answer of %d bytes to a request of %d", len(reply.Raw), len(x.b))
+	}
+	return reply.Raw
+}
+
+func decodeServer(b []byte) (*stun.Message, error) {
+	m := &stun.Message{Raw: bytes.Clone(b)}
+	return m, m.Decode()
+}
+
+func (n *node) signal(to Key, sealed []byte) error {
+	w := n.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.signals++
+	i := slices.IndexFunc(w.nodes, func(n *node) bool { return n.key == to })
+	if i < 0 {
+		return errNoCarrier
+	}
+	peer := w.nodes[i]
+	if w.carry != nil {
+		if err := w.carry(n, peer); errors.Is(err, errLost) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
+	time.AfterFunc(oneWay, func() {
+		if err := peer.HandleSignal(n.key, sealed); err != nil && !errors.Is(err, errSignalStale) && !errors.Is(err, errUnknownPeer) {
+			w.t.Error(err)
+		}
+	})
+	return nil
+}
+
+func (n *node) onPath(p Path) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.paths = append(n.paths, p)
+	n.pathAt = append(n.pathAt, time.Now())
+}
+
+func (n *node) onCandidates(list []Candidate) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.told = append(n.told, list)
+}
+
+func (n *node) count(Key) Activity {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.activity
+}
+
+// talk counts data for d: what flows out of n, and what comes in.
+func (n *node) talk(to *node, d time.Duration, heard bool) {
+	n.Demand(to.key)
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		n.w.mu.Lock()
+		n.activity.Sent++
+		if heard {
+			n.activity.Received++
+		}
+		n.w.mu.Unlock()
+	}
+}
+
+// between returns what went from one address to another since a time.
+func (w *world) between(from, to netip.AddrPort, since time.Time) []wire {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var found []wire
+	for _, x := range w.wires {
+		if x.from == from && x.to == to && !x.at.Before(since) {
+			found = append(found, x)
+		}
+	}
+	return found
+}
+
+func (w *world) setDrop(drop func(wire) bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.drop = drop
+}
+
+// wantPath wants the path of n to peer to lead to an address.
+func (n *node) wantPath(peer *node, addr netip.AddrPort) {
+	n.w.t.Helper()
+	if path, ok := n.Path(peer.key); path.Addr != addr || ok != addr.IsValid() {
+		n.w.t.Errorf("path leads to %v, want %v", path.Addr, addr)
+	}
+}

@@ -409,13 +409,20 @@ func TestDemandAfterSilence(t *testing.T) {
 
 func TestHolds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
 		var sent []byte
-		h := newHolds(func(m []byte, _ *endpoint) { sent = append(sent, m[1]) })
+		h := newHolds(func(m []byte, _ *endpoint) {
+			mu.Lock()
+			defer mu.Unlock()
+			sent = append(sent, m[1])
+		})
 		a, b := newEndpoint(netip.AddrPort{}, &peer{}), newEndpoint(netip.AddrPort{}, &peer{})
 		keep := func(e *endpoint, mark byte) { h.keep(bytes.Repeat([]byte{mark}, initiationSize), e) }
 		expect := func(want ...byte) {
 			t.Helper()
 			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
 			if !slices.Equal(sent, want) {
 				t.Fatalf("sent %v, want %v", sent, want)
 			}

@@ -8,7 +8,7 @@ import (
 // Bounds of what wireguard-go holds for us. Every message is a buffer of
 // 64 KiB, and its own queues have room for gigabytes of them.
 const (
-	creditLimit   = 128                    // messages in flight, one direction
+	creditLimit   = 256                    // messages in flight, one direction
 	creditStall   = 5 * time.Millisecond   // no progress for so long: the messages are lost or parked
 	creditLive    = time.Second            // progress within this: lost, not parked
 	parkedLimit   = 64                     // messages let through to a peer without a session

@@ -163,7 +163,25 @@ func (d *Device) Run(ctx context.Context) error {
 		d.uapi.serve(ctx, g, d.wg.IpcHandle)
 		return nil
 	})
+	g.Go(func() error { return d.waitClosed(ctx) })
 	return g.Wait()
+}
+
+// waitClosed waits for the end of wireguard-go, which closes itself when it can
+// no longer read from the TUN.
+func (d *Device) waitClosed(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-d.wg.Wait():
+	}
+	d.uapi.close() // lets go whoever holds mu and waits for an answer
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil
+	}
+	return fmt.Errorf("interface %s: %w", d.config.Name, ErrInterfaceGone)
 }
 
 // Send sends one datagram from the WireGuard port, with the given TTL or hop
@@ -195,6 +213,9 @@ func (d *Device) Close() error {
 	if d.uapi != nil {
 		d.uapi.close()
 	}
+	if d.link != nil {
+		d.link.close() // or it would take this for somebody else's deed
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
@@ -207,9 +228,6 @@ func (d *Device) Close() error {
 		d.wg.Close()
 	case d.tunnel != nil:
 		errs = append(errs, d.tunnel.Close())
-	}
-	if d.link != nil {
-		d.link.close()
 	}
 	if d.ctl != nil {
 		errs = append(errs, d.ctl.Close())

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/hex"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync"
@@ -13,9 +14,15 @@ import (
 )
 
 const (
-	// startInterval is the shortest time between two handshakes started for a
-	// peer.
+	// startInterval is the shortest time between two initiations to a peer.
+	// The other side takes a second one within 50 ms for a flood, and one within
+	// 17 ms, the grain of its timestamp, for a replay; while this side no longer
+	// takes the answer to the first. Then nothing flows for 5 s.
 	startInterval = 50 * time.Millisecond
+	// yieldTime is how long the side that should not initiate leaves it to the
+	// other. Starting anew while the other's handshake is under way would spoil
+	// that: it takes 1.5 round trips until this side can tell.
+	yieldTime = 300 * time.Millisecond
 	// sessionsAge bounds how old the list of sessions may be that StartHandshake
 	// looks at: wireguard-go tells of all peers or of none.
 	sessionsAge = 20 * time.Millisecond
@@ -25,39 +32,90 @@ const (
 // The zero value is ready.
 type handshakes struct {
 	mu       sync.Mutex
-	started  map[Key]time.Time
+	peers    map[Key]*handshake
 	sessions map[Key]time.Time // when the handshake was completed
 	read     time.Time         // when sessions was read
+}
+
+// A handshake is what is known of the attempts with one peer.
+type handshake struct {
+	started time.Time
+	to      netip.AddrPort // endpoint; zero: a handle
+	moved   time.Time      // when to was set
+	waiting bool           // a start is put off
+	waited  bool           // it was, long enough
+}
+
+// of returns the handshake of k; call it with mu held.
+func (h *handshakes) of(k Key) *handshake {
+	if h.peers == nil {
+		h.peers = make(map[Key]*handshake)
+	}
+	if h.peers[k] == nil {
+		h.peers[k] = new(handshake)
+	}
+	return h.peers[k]
 }
 
 // forget drops what is known of a removed peer.
 func (h *handshakes) forget(k Key) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	delete(h.started, k)
+	delete(h.peers, k)
 	delete(h.sessions, k)
 }
 
-// due tells whether a handshake with k should start now, and takes it as
-// started. list reads the times of all sessions.
-func (h *handshakes) due(k Key, list func() map[Key]time.Time) bool {
+// move notes an endpoint before it is written; writing can send an initiation.
+func (h *handshakes) move(k Key, to netip.AddrPort) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	now := time.Now()
-	if now.Sub(h.started[k]) < startInterval || h.alive(k, now) {
-		return false
+	if one := h.of(k); one.to != to {
+		one.to, one.moved = to, time.Now()
 	}
-	if now.Sub(h.read) >= sessionsAge {
+}
+
+// due tells whether a handshake with k should start: at once (0), later, or not
+// (negative). sent is when wireguard-go last sent something on a path, which is
+// an initiation as long as there is no session. What began less than
+// startInterval ago on the present path is not disturbed; when it went another
+// way, the start is put off; so is the start by the side that should not
+// initiate. list reads the times of all sessions.
+func (h *handshakes) due(k Key, sent time.Time, initiate bool, list func() map[Key]time.Time) time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now, one := time.Now(), h.of(k)
+	if !h.alive(k, now) && now.Sub(h.read) >= sessionsAge {
 		h.read, h.sessions = now, list()
-		if h.alive(k, now) {
-			return false
-		}
 	}
-	if h.started == nil {
-		h.started = make(map[Key]time.Time)
+	if one.started.After(sent) {
+		sent = one.started
 	}
-	h.started[k] = now
-	return true
+	wait := startInterval - now.Sub(sent)
+	switch {
+	case h.alive(k, now):
+		one.waited = false
+		return -1
+	case one.waiting:
+		return -1
+	case !initiate && !one.waited:
+		wait = yieldTime
+	case wait <= 0:
+		one.started, one.waited = now, false
+		return 0
+	case !one.moved.After(sent):
+		return -1
+	}
+	one.waiting = true
+	return wait
+}
+
+// resume ends the wait for a start that was put off.
+func (h *handshakes) resume(k Key) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if one := h.peers[k]; one != nil {
+		one.waiting, one.waited = false, true
+	}
 }
 
 // alive tells whether the session's keys are still good; those from the future
@@ -68,11 +126,27 @@ func (h *handshakes) alive(k Key, now time.Time) bool {
 }
 
 // StartHandshake sends a handshake initiation to the peer now, unless there is a
-// session with it or one was sent in the last 50 ms. wireguard-go itself would
-// wait for 5 s after an initiation that was lost. Unknown peers are ignored.
+// session with it or an initiation took the present path in the last 50 ms. The
+// side that does not initiate (Peer.Initiate) leaves it to the other for 300 ms.
+//
+// wireguard-go itself would wait for 5 s after an initiation that was lost, or
+// whose answer was because the other side had no path yet: until there is a
+// session, call it again after each round trip; sooner, and the answer still
+// under way becomes void. Unknown peers are ignored.
 func (d *Device) StartHandshake(k Key) {
-	p := d.wg.LookupPeer(device.NoisePublicKey(k))
-	if p == nil || !d.starts.due(k, d.sessions) {
+	p, shared := d.wg.LookupPeer(device.NoisePublicKey(k)), d.peers.byKey(k)
+	if p == nil || shared == nil {
+		return
+	}
+	var sent time.Time
+	if last := shared.lastSent.Load(); last != 0 {
+		sent = time.Now().Add(time.Duration(last - d.bind.now()))
+	}
+	switch wait := d.starts.due(k, sent, shared.initiate.Load(), d.sessions); {
+	case wait < 0:
+		return
+	case wait > 0:
+		time.AfterFunc(wait, func() { d.starts.resume(k); d.StartHandshake(k) })
 		return
 	}
 	p.ExpireCurrentKeypairs() // also forgets when the last initiation left

@@ -125,6 +125,7 @@ func (d *Device) SetEndpoint(k Key, to netip.AddrPort) error {
 		return fmt.Errorf("set endpoint on %s: not an address outside the mesh", d.config.Name)
 	}
 	return d.setEndpoint(k, func(Peer) netip.AddrPort {
+		d.starts.move(k, to)
 		d.bind.setPath(k, to) // before the write, which looks the path up by address
 		return to
 	})
@@ -133,7 +134,10 @@ func (d *Device) SetEndpoint(k Key, to netip.AddrPort) error {
 // ClearEndpoint gives the peer a handle for an endpoint: its packets are dropped
 // until SetEndpoint.
 func (d *Device) ClearEndpoint(k Key) error {
-	return d.setEndpoint(k, func(p Peer) netip.AddrPort { return d.bind.handle(k, p.Handle) })
+	return d.setEndpoint(k, func(p Peer) netip.AddrPort {
+		d.starts.move(k, netip.AddrPort{})
+		return d.bind.handle(k, p.Handle)
+	})
 }
 
 func (d *Device) setEndpoint(k Key, endpoint func(Peer) netip.AddrPort) error {

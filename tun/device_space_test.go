@@ -137,6 +137,16 @@ func joinSpaces(t *testing.T, s, far *space) {
 		}
 		return netlink.LinkSetUp(l)
 	})
+	// The kernel takes a moment, sometimes a second, until a new link carries.
+	for _, ends := range [][2]string{{"10.9.0.1:0", "10.9.0.2:0"}, {"[fd09::1]:0", "[fd09::2]:0"}} {
+		from, to := listenIn(t, s, ends[0]), listenIn(t, far, ends[1])
+		eventually(t, 5*time.Second, "the cable carries", func() bool {
+			_, _ = from.WriteTo([]byte("x"), to.LocalAddr())
+			_ = to.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+			_, _, err := to.ReadFrom(make([]byte, 1))
+			return err == nil
+		})
+	}
 }
 
 // linkName is new for each test: the folder of UAPI sockets is shared with the

@@ -31,7 +31,6 @@ func newKey(t *testing.T) Key {
 // A node is a Device that runs in a namespace until the test ends.
 type node struct {
 	*Device
-	key  Key // private
 	self Peer
 	ran  chan error // what Run returned
 	stop context.CancelFunc
@@ -46,12 +45,12 @@ func newNode(t *testing.T, s *space, n byte, more ...func(*Config)) *node {
 		Addrs: []netip.Prefix{netip.PrefixFrom(v4, 16), netip.PrefixFrom(v6, 48)},
 	}
 	if testing.Verbose() {
-		c.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
+		c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
 	for _, f := range more {
 		f(&c)
 	}
-	d := &node{key: c.PrivateKey, ran: make(chan error, 1)}
+	d := &node{ran: make(chan error, 1)}
 	d.self = Peer{
 		Key: c.PrivateKey.PublicKey(), Handle: v6,
 		AllowedIPs: []netip.Prefix{netip.PrefixFrom(v4, 32), netip.PrefixFrom(v6, 128)},

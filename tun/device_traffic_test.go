@@ -104,6 +104,31 @@ func bothStartAtOnce(t *testing.T) {
 	}
 }
 
+// A node that was killed comes back. The other one still has a session, so it
+// does not begin; whichever key is the lower, the one that came back has to.
+func TestOneSideLostItsSession(t *testing.T) {
+	keys := []Key{newKey(t), newKey(t)}
+	for _, k := range [][2]Key{{keys[0], keys[1]}, {keys[1], keys[0]}} {
+		t.Run("", func(t *testing.T) {
+			sa, sb := newSpace(t), newSpace(t)
+			joinSpaces(t, sa, sb)
+			a := newNode(t, sa, 1, func(c *Config) { c.PrivateKey = k[0] })
+			echo(t, sa, "100.99.0.1:7000")
+			for i := range 2 {
+				b := newNode(t, sb, 2, func(c *Config) { c.PrivateKey = k[1]; c.Port = 41002 })
+				pairUp(t, a, b)
+				check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port())))
+				check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port())))
+				a.StartHandshake(b.self.Key)
+				b.StartHandshake(a.self.Key)
+				client := listenIn(t, sb, "100.99.0.2:0")
+				t.Logf("start %d: answer after %v", i, answered(t, client, "100.99.0.1:7000", time.Second))
+				check(t, b.Close())
+			}
+		})
+	}
+}
+
 func TestPing(t *testing.T) {
 	if _, err := exec.LookPath("ping"); err != nil {
 		t.Skip("SKIP: no ping program")
@@ -165,4 +190,58 @@ func TestForeignSourceDoesNotMoveEndpoint(t *testing.T) {
 		t.Errorf("endpoint moved to %v, want %v", got, direct)
 	}
 	requireWG(t, a.Name(), b.self, direct)
+}
+
+// Close has to end whatever goes on: traffic both ways, calls that configure.
+func TestCloseInFullSwing(t *testing.T) {
+	sa, sb := newSpace(t), newSpace(t)
+	joinSpaces(t, sa, sb)
+	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
+	pairUp(t, a, b)
+	check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port())))
+	check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port())))
+	a.StartHandshake(b.self.Key)
+	b.StartHandshake(a.self.Key)
+	echo(t, sb, "100.99.0.2:7000")
+	client := listenIn(t, sa, "100.99.0.1:0")
+	answered(t, client, "100.99.0.2:7000", 2*time.Second)
+
+	var wg sync.WaitGroup
+	ended := make(chan struct{})
+	for _, busy := range []func() error{
+		func() error {
+			_, err := client.WriteToUDPAddrPort(make([]byte, 1000), at("100.99.0.2", 7000))
+			return err
+		},
+		func() error { return a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port())) },
+		func() error { return a.SetPeers([]Peer{b.self}) },
+		func() error { _, err := a.Stats(); return err },
+		func() error { a.StartHandshake(b.self.Key); return nil },
+		func() error { return a.Send([]byte("x"), at("10.9.0.2", 9), 0) },
+	} {
+		wg.Go(func() {
+			for {
+				select {
+				case <-ended:
+					return
+				default:
+					_ = busy() // fails from Close on
+				}
+			}
+		})
+	}
+	time.Sleep(200 * time.Millisecond)
+	closed := make(chan error, 1)
+	go func() { closed <- a.Close() }()
+	select {
+	case err := <-closed:
+		check(t, err)
+	case <-time.After(10 * time.Second):
+		t.Error("Close does not return")
+	}
+	if err := <-a.ran; err != nil {
+		t.Errorf("Run: %v, want nil after Close", err)
+	}
+	close(ended)
+	wg.Wait()
 }

@@ -19,44 +19,73 @@ import (
 )
 
 func TestHandshakesDue(t *testing.T) {
+	const never = time.Duration(-1)
+	k, path, other := Key{1}, netip.MustParseAddrPort("192.0.2.1:1"), netip.MustParseAddrPort("192.0.2.2:1")
 	synctest.Test(t, func(t *testing.T) {
 		var h handshakes
-		k := Key{1}
-		completed, reads := time.Time{}, 0
-		list := func() map[Key]time.Time {
-			reads++
-			return map[Key]time.Time{k: completed}
-		}
-		expect := func(what string, k Key, want bool) {
+		var sent, completed time.Time
+		initiate, reads := true, 0
+		expect := func(what string, k Key, want time.Duration) {
 			t.Helper()
-			if got := h.due(k, list); got != want {
-				t.Errorf("%s: due %v, want %v", what, got, want)
+			got := h.due(k, sent, initiate, func() map[Key]time.Time {
+				reads++
+				return map[Key]time.Time{k: completed}
+			})
+			if got != want {
+				t.Errorf("%s: due in %v, want %v", what, got, want)
 			}
 		}
-		expect("no session", k, true)
-		expect("at once again", k, false)
-		expect("another peer", Key{2}, true)
+		h.move(k, path)
+		expect("no session", k, 0)
+		expect("at once again", k, never)
+		expect("another peer", Key{2}, 0)
 		if reads != 1 {
 			t.Errorf("sessions were read %d times within 20 ms, want once", reads)
 		}
+		time.Sleep(10 * time.Millisecond)
+		h.move(k, path)
+		expect("on the same path", k, never)
+		h.move(k, other)
+		expect("on another path", k, startInterval-10*time.Millisecond)
+		expect("while one is put off", k, never)
 		time.Sleep(startInterval)
-		expect("50 ms later", k, true)
+		h.resume(k)
+		expect("when its time has come", k, 0)
+		time.Sleep(time.Second)
+		sent = time.Now()
+		expect("when wireguard-go just sent one", k, never)
+		time.Sleep(startInterval)
+		expect("50 ms later", k, 0)
 		completed = time.Now()
 		time.Sleep(startInterval)
-		expect("with a session", k, false)
+		expect("with a session", k, never)
 		reads = 0
 		time.Sleep(device.RejectAfterTime - startInterval - time.Nanosecond)
-		expect("with an old session", k, false)
+		expect("with an old session", k, never)
 		if reads != 0 {
 			t.Error("sessions were read for a peer known to have one")
 		}
 		time.Sleep(time.Nanosecond)
-		expect("with a session too old", k, true)
+		expect("with a session too old", k, 0)
 		completed = time.Now().Add(time.Hour)
 		time.Sleep(startInterval)
-		expect("after the clock was set back", k, true)
+		expect("after the clock was set back", k, 0)
 		h.forget(k)
-		expect("after the peer was made anew", k, true)
+		sent = time.Time{}
+		expect("after the peer was made anew", k, 0)
+
+		initiate, completed = false, time.Time{}
+		time.Sleep(time.Second)
+		expect("on the side that leaves it to the other", k, yieldTime)
+		time.Sleep(yieldTime)
+		expect("before its time has come", k, never)
+		h.resume(k)
+		expect("when the other did not", k, 0)
+		expect("and then", k, yieldTime)
+		time.Sleep(yieldTime)
+		h.resume(k)
+		completed = time.Now()
+		expect("when the other did", k, never)
 	})
 }
 

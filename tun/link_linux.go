@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -33,10 +34,12 @@ type link struct {
 	addrs  []netip.Prefix
 	routes []netip.Prefix
 	log    *slog.Logger
-
-	handle *netlink.Handle
 	events *eventSocket
 	isUp   bool // as guard last saw it
+
+	mu     sync.Mutex
+	handle *netlink.Handle
+	closed bool
 }
 
 // openLink finds the interface and subscribes to its events; nothing is changed.
@@ -63,7 +66,12 @@ func openLink(c Config, log *slog.Logger) (*link, error) {
 
 func (l *link) close() {
 	l.events.close()
-	l.handle.Close()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.closed {
+		l.closed = true
+		l.handle.Close()
+	}
 }
 
 // ipv6Enabled reads the switch that distributions and containers use to turn
@@ -93,6 +101,11 @@ func (l *link) up() error {
 
 // ensure puts addresses and routes where they are missing, and nothing else.
 func (l *link) ensure() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil
+	}
 	dev := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: l.index}}
 	for _, p := range l.addrs {
 		if p.Addr().Is6() && !l.ipv6 {

@@ -123,7 +123,9 @@ func TestRepairsAreRare(t *testing.T) {
 func TestDeletedInterfaceEndsRun(t *testing.T) {
 	s := newSpace(t)
 	d := newNode(t, s, 1)
-	s.do(t, func() error { return netlink.LinkDel(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: d.link.index}}) })
+	s.do(t, func() error {
+		return netlink.LinkDel(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: d.link.index}})
+	})
 	select {
 	case err := <-d.ran:
 		if !errors.Is(err, ErrInterfaceGone) {

@@ -3,6 +3,8 @@ package tun
 import (
 	"fmt"
 	"net/netip"
+	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -15,7 +17,10 @@ import (
 // addresses and routes of one network namespace, in the order it happened. One
 // socket for all of it keeps that order; the subscriptions of package netlink
 // use one socket and goroutine per kind.
-type eventSocket struct{ sock *nl.NetlinkSocket }
+type eventSocket struct {
+	sock   *nl.NetlinkSocket
+	closed atomic.Bool
+}
 
 // newEventSocket subscribes in the network namespace of the calling thread.
 func newEventSocket() (*eventSocket, error) {
@@ -25,11 +30,14 @@ func newEventSocket() (*eventSocket, error) {
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to network changes: %w", err)
 	}
-	return &eventSocket{sock}, nil
+	return &eventSocket{sock: sock}, nil
 }
 
 // close ends a receive that waits; it may be called more than once.
-func (s *eventSocket) close() { s.sock.Close() }
+func (s *eventSocket) close() {
+	s.closed.Store(true)
+	s.sock.Close()
+}
 
 // receive waits for messages until the time given, or for ever when it is zero.
 // Errors: unix.EAGAIN when the time is over, unix.ENOBUFS when messages were
@@ -43,6 +51,9 @@ func (s *eventSocket) receive(until time.Time) ([]event, error) {
 		return nil, err
 	}
 	msgs, from, err := s.sock.Receive()
+	if s.closed.Load() {
+		return nil, os.ErrClosed // the socket's own error for it is not exported
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -35,20 +35,23 @@ const (
 	serverPort = 3478
 )
 
-var (
-	clientAddr  = netip.MustParsePrefix("192.168.1.2/24")
-	probeWAN    = netip.MustParseAddr("203.0.113.1")
-	probeAddrs  = []netip.Addr{netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")}
-	probeDelays = nattest.Link{Delay: 10 * time.Millisecond}
-)
+func clientAddr() netip.Prefix { return netip.MustParsePrefix("192.168.1.2/24") }
+
+func probeWAN() netip.Addr { return netip.MustParseAddr("203.0.113.1") }
+
+func probeAddr(server int) netip.Addr {
+	return netip.AddrFrom4([4]byte{198, 51, 100, byte(server + 1)})
+}
+
+func probeLink() nattest.Link { return nattest.Link{Delay: 10 * time.Millisecond} }
 
 func newProbe(nat nattest.NAT) *probe {
 	n := nattest.New(1)
-	p := &probe{router: n.Internet().NewRouter(nat, probeWAN, probeDelays)}
-	p.client = p.router.LAN().NewHost(nattest.Link{}, clientAddr)
+	p := &probe{router: n.Internet().NewRouter(nat, probeWAN(), probeLink())}
+	p.client = p.router.LAN().NewHost(nattest.Link{}, clientAddr())
 	p.client.Listen(clientPort, func(_ []byte, from netip.AddrPort) { p.heard = append(p.heard, from) })
-	for _, a := range probeAddrs {
-		h := n.Internet().NewHost(probeDelays, netip.PrefixFrom(a, 32))
+	for i := range 2 {
+		h := n.Internet().NewHost(probeLink(), netip.PrefixFrom(probeAddr(i), 32))
 		for port := range uint16(5) {
 			h.Listen(serverPort+port, func(_ []byte, from netip.AddrPort) { p.from = from })
 		}
@@ -61,7 +64,7 @@ func newProbe(nat nattest.NAT) *probe {
 func (p *probe) mapped(t *testing.T, port uint16, server int, serverPort uint16) netip.AddrPort {
 	t.Helper()
 	p.from = netip.AddrPort{}
-	to := netip.AddrPortFrom(probeAddrs[server], serverPort)
+	to := netip.AddrPortFrom(probeAddr(server), serverPort)
 	if err := p.client.Send([]byte("probe"), port, to, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +80,7 @@ func (p *probe) passes(t *testing.T, server int, serverPort uint16, to netip.Add
 		t.Fatal(err)
 	}
 	wait(100 * time.Millisecond)
-	return slices.Contains(p.heard, netip.AddrPortFrom(probeAddrs[server], serverPort))
+	return slices.Contains(p.heard, netip.AddrPortFrom(probeAddr(server), serverPort))
 }
 
 func wait(d time.Duration) {
@@ -165,7 +168,7 @@ func TestPortCollision(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newProbe(nattest.Masquerade())
 		other := p.router.LAN().NewHost(nattest.Link{}, netip.MustParsePrefix("192.168.1.3/24"))
-		if err := other.Send([]byte("probe"), clientPort, netip.AddrPortFrom(probeAddrs[0], serverPort), 0); err != nil {
+		if err := other.Send([]byte("probe"), clientPort, netip.AddrPortFrom(probeAddr(0), serverPort), 0); err != nil {
 			t.Fatal(err)
 		}
 		wait(100 * time.Millisecond)
@@ -238,7 +241,7 @@ func TestHairpin(t *testing.T) {
 			if got := len(p.heard) == 1; got != hairpin {
 				t.Fatalf("hairpin %v: heard from %v", hairpin, p.heard)
 			}
-			if hairpin && p.heard[0].Addr() != probeWAN {
+			if hairpin && p.heard[0].Addr() != probeWAN() {
 				t.Errorf("the source of a hairpinned packet is %s", p.heard[0])
 			}
 		})
@@ -248,7 +251,7 @@ func TestHairpin(t *testing.T) {
 func TestTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newProbe(nattest.Masquerade())
-		to := netip.AddrPortFrom(probeAddrs[0], serverPort)
+		to := netip.AddrPortFrom(probeAddr(0), serverPort)
 		for ttl, arrives := range map[int]bool{1: false, 2: false, 3: false, 4: true} {
 			p.from = netip.AddrPort{}
 			if err := p.client.Send([]byte("probe"), clientPort, to, ttl); err != nil {
@@ -260,7 +263,7 @@ func TestTTL(t *testing.T) {
 			}
 		}
 		p.router.Reboot()
-		outside := netip.AddrPortFrom(probeWAN, clientPort)
+		outside := netip.AddrPortFrom(probeWAN(), clientPort)
 		if err := p.client.Send([]byte("opener"), clientPort, to, 2); err != nil {
 			t.Fatal(err)
 		}
@@ -281,7 +284,7 @@ func TestOpenInput(t *testing.T) {
 		if kind, _ := p.mapping(t); kind != eim {
 			t.Fatalf("mapping is %d while nobody sends unasked", kind)
 		}
-		outside := netip.AddrPortFrom(probeWAN, clientPort)
+		outside := netip.AddrPortFrom(probeWAN(), clientPort)
 		p.router.Reboot()
 		if p.passes(t, 0, serverPort, outside) {
 			t.Fatal("an unsolicited packet passes")
@@ -303,7 +306,7 @@ func TestOpenInput(t *testing.T) {
 	})
 	synctest.Test(t, func(t *testing.T) {
 		p := newProbe(nattest.Masquerade())
-		p.passes(t, 0, serverPort, netip.AddrPortFrom(probeWAN, clientPort))
+		p.passes(t, 0, serverPort, netip.AddrPortFrom(probeWAN(), clientPort))
 		if got := p.mapped(t, clientPort, 0, serverPort).Port(); got != clientPort {
 			t.Errorf("with input dropped the port is %d", got)
 		}
@@ -314,13 +317,13 @@ func TestDoubleNAT(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newProbe(nattest.Masquerade())
 		home := p.router.LAN().NewRouter(nattest.NAT{}, netip.MustParseAddr("192.168.1.7"), nattest.Link{})
-		inner := home.LAN().NewHost(nattest.Link{}, clientAddr)
+		inner := home.LAN().NewHost(nattest.Link{}, clientAddr())
 		inner.Listen(clientPort, func(_ []byte, from netip.AddrPort) { p.heard = append(p.heard, from) })
-		if err := inner.Send([]byte("probe"), clientPort, netip.AddrPortFrom(probeAddrs[0], serverPort), 0); err != nil {
+		if err := inner.Send([]byte("probe"), clientPort, netip.AddrPortFrom(probeAddr(0), serverPort), 0); err != nil {
 			t.Fatal(err)
 		}
 		wait(100 * time.Millisecond)
-		if p.from.Addr() != probeWAN {
+		if p.from.Addr() != probeWAN() {
 			t.Fatalf("source behind two NATs is %s", p.from)
 		}
 		if !p.passes(t, 0, serverPort, p.from) {
@@ -335,9 +338,9 @@ func TestIPv6(t *testing.T) {
 		n := nattest.New(1)
 		inner, outer := netip.MustParsePrefix("2001:db8:a::2/64"), netip.MustParsePrefix("2001:db8:b::1/64")
 		var at, back netip.AddrPort
-		server := n.Internet().NewHost(probeDelays, outer)
+		server := n.Internet().NewHost(probeLink(), outer)
 		server.Listen(1, func(_ []byte, from netip.AddrPort) { at = from })
-		home := n.Internet().NewRouter(nattest.Masquerade(), probeWAN, probeDelays)
+		home := n.Internet().NewRouter(nattest.Masquerade(), probeWAN(), probeLink())
 		client := home.LAN().NewHost(nattest.Link{}, inner)
 		client.Listen(2, func(_ []byte, from netip.AddrPort) { back = from })
 		here, there := netip.AddrPortFrom(inner.Addr(), 2), netip.AddrPortFrom(outer.Addr(), 1)
@@ -363,14 +366,14 @@ func TestLink(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := nattest.New(1)
 		l := nattest.Link{Delay: 20 * time.Millisecond, Jitter: 10 * time.Millisecond, Loss: 0.2, Duplicate: 0.1}
-		a := n.Internet().NewHost(l, netip.PrefixFrom(probeAddrs[0], 32))
-		b := n.Internet().NewHost(nattest.Link{}, netip.PrefixFrom(probeAddrs[1], 32))
+		a := n.Internet().NewHost(l, netip.PrefixFrom(probeAddr(0), 32))
+		b := n.Internet().NewHost(nattest.Link{}, netip.PrefixFrom(probeAddr(1), 32))
 		var got []byte
 		var last time.Time
 		b.Listen(1, func(b []byte, _ netip.AddrPort) { got, last = append(got, b[0]), time.Now() })
 		start := time.Now()
 		for i := range 200 {
-			if err := a.Send([]byte{byte(i)}, 1, netip.AddrPortFrom(probeAddrs[1], 1), 0); err != nil {
+			if err := a.Send([]byte{byte(i)}, 1, netip.AddrPortFrom(probeAddr(1), 1), 0); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -388,7 +391,7 @@ func TestLink(t *testing.T) {
 		l.Down = true
 		a.SetLink(l)
 		got = nil
-		if err := a.Send([]byte{1}, 1, netip.AddrPortFrom(probeAddrs[1], 1), 0); err != nil {
+		if err := a.Send([]byte{1}, 1, netip.AddrPortFrom(probeAddr(1), 1), 0); err != nil {
 			t.Fatal(err)
 		}
 		if wait(time.Second); len(got) != 0 {

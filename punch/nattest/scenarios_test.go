@@ -14,13 +14,13 @@ import (
 
 const interval = 50 * time.Millisecond
 
-var homeLink = nattest.Link{Delay: 10 * time.Millisecond}
+func homeLink() nattest.Link { return nattest.Link{Delay: 10 * time.Millisecond} }
 
 // homes makes a world of two laptops behind masquerade, 20 ms apart.
 func homes(seed uint64) (*nattest.World, *nattest.Node, *nattest.Node) {
-	w := nattest.NewWorld(seed, homeLink)
-	a, _ := laptop(w, 0, kinds()[1], homeLink, "192.168.1.2/24")
-	b, _ := laptop(w, 1, kinds()[1], homeLink, "192.168.2.2/24")
+	w := nattest.NewWorld(seed, homeLink())
+	a, _ := laptop(w, 0, kinds()[1], homeLink(), "192.168.1.2/24")
+	b, _ := laptop(w, 1, kinds()[1], homeLink(), "192.168.2.2/24")
 	return w, a, b
 }
 
@@ -80,10 +80,10 @@ func TestRoaming(t *testing.T) {
 			}
 			t.Run(fmt.Sprintf("to %s, peer %s", to.name, peer.name), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					w := nattest.NewWorld(2, homeLink)
+					w := nattest.NewWorld(2, homeLink())
 					defer w.Stop()
-					a, _ := laptop(w, 0, kinds()[1], homeLink, "192.168.1.2/24")
-					b, _ := laptop(w, 1, peer, homeLink, "192.168.2.2/24")
+					a, _ := laptop(w, 0, kinds()[1], homeLink(), "192.168.1.2/24")
+					b, _ := laptop(w, 1, peer, homeLink(), "192.168.2.2/24")
 					connect(t, a, b)
 					defer talk(a, b)()
 					roam(w, a, to)
@@ -99,14 +99,14 @@ func TestRoaming(t *testing.T) {
 func roam(w *nattest.World, n *nattest.Node, k kind) {
 	wan := netip.MustParseAddr("203.0.113.77")
 	if k.nat == nil {
-		n.Roam(w.Internet(), homeLink, netip.PrefixFrom(wan, 32))
+		n.Roam(w.Internet(), homeLink(), netip.PrefixFrom(wan, 32))
 		return
 	}
 	addrs := []netip.Prefix{netip.MustParsePrefix("10.1.2.3/16")}
 	if k.ipv6 {
 		addrs = append(addrs, netip.MustParsePrefix("2001:db8:77::2/64"))
 	}
-	n.Roam(w.Internet().NewRouter(*k.nat, wan, homeLink).LAN(), homeLink, addrs...)
+	n.Roam(w.Internet().NewRouter(*k.nat, wan, homeLink()).LAN(), homeLink(), addrs...)
 }
 
 // TestUnannounced changes the network in ways that the laptop is not told.
@@ -130,10 +130,10 @@ func TestUnannounced(t *testing.T) {
 			}
 			t.Run(event.what+" of "+k.name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					w := nattest.NewWorld(3, homeLink)
+					w := nattest.NewWorld(3, homeLink())
 					defer w.Stop()
-					a, router := laptop(w, 0, k, homeLink, "192.168.1.2/24")
-					b, _ := laptop(w, 1, peer, homeLink, "192.168.2.2/24")
+					a, router := laptop(w, 0, k, homeLink(), "192.168.1.2/24")
+					b, _ := laptop(w, 1, peer, homeLink(), "192.168.2.2/24")
 					connect(t, a, b)
 					defer talk(a, b)()
 					event.do(router)
@@ -150,10 +150,10 @@ func TestUnannounced(t *testing.T) {
 // helps.
 func TestPoisoned(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := nattest.NewWorld(13, homeLink)
+		w := nattest.NewWorld(13, homeLink())
 		defer w.Stop()
-		a, router := laptop(w, 0, kinds()[1], homeLink, "192.168.1.2/24")
-		b, _ := laptop(w, 1, kinds()[2], homeLink, "192.168.2.2/24")
+		a, router := laptop(w, 0, kinds()[1], homeLink(), "192.168.1.2/24")
+		b, _ := laptop(w, 1, kinds()[2], homeLink(), "192.168.2.2/24")
 		connect(t, a, b)
 		defer talk(a, b)()
 		router.SetWAN(netip.MustParseAddr("203.0.113.88"))
@@ -166,17 +166,17 @@ func TestLinkCut(t *testing.T) {
 	for _, length := range []time.Duration{time.Second, 5 * time.Second, 20 * time.Second, 2 * time.Minute} {
 		t.Run(length.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := nattest.NewWorld(4, homeLink)
+				w := nattest.NewWorld(4, homeLink())
 				defer w.Stop()
-				a, router := laptop(w, 0, kinds()[1], homeLink, "192.168.1.2/24")
-				b, _ := laptop(w, 1, kinds()[1], homeLink, "192.168.2.2/24")
+				a, router := laptop(w, 0, kinds()[1], homeLink(), "192.168.1.2/24")
+				b, _ := laptop(w, 1, kinds()[1], homeLink(), "192.168.2.2/24")
 				connect(t, a, b)
 				defer talk(a, b)()
-				down := homeLink
+				down := homeLink()
 				down.Down = true
 				router.SetLink(down)
 				time.Sleep(length)
-				router.SetLink(homeLink)
+				router.SetLink(homeLink())
 				// Under traffic an attempt is made at least every 60 s.
 				expectTraffic(t, a, b, min(2*time.Second+length, 62*time.Second))
 				expectNoFaults(t, w)
@@ -189,10 +189,10 @@ func TestLinkCut(t *testing.T) {
 func TestWithoutSignals(t *testing.T) {
 	t.Run("reboot", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			w := nattest.NewWorld(5, homeLink)
+			w := nattest.NewWorld(5, homeLink())
 			defer w.Stop()
-			a, router := laptop(w, 0, kinds()[1], homeLink, "192.168.1.2/24")
-			b, _ := laptop(w, 1, kinds()[1], homeLink, "192.168.2.2/24")
+			a, router := laptop(w, 0, kinds()[1], homeLink(), "192.168.1.2/24")
+			b, _ := laptop(w, 1, kinds()[1], homeLink(), "192.168.2.2/24")
 			connect(t, a, b)
 			w.CutSignals(true)
 			defer talk(a, b)()
@@ -203,10 +203,10 @@ func TestWithoutSignals(t *testing.T) {
 	})
 	t.Run("roaming to a public peer", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			w := nattest.NewWorld(6, homeLink)
+			w := nattest.NewWorld(6, homeLink())
 			defer w.Stop()
-			a, _ := laptop(w, 0, kinds()[1], homeLink, "192.168.1.2/24")
-			b, _ := laptop(w, 1, kinds()[0], homeLink, "")
+			a, _ := laptop(w, 0, kinds()[1], homeLink(), "192.168.1.2/24")
+			b, _ := laptop(w, 1, kinds()[0], homeLink(), "")
 			connect(t, a, b)
 			w.CutSignals(true)
 			defer talk(a, b)()
@@ -265,16 +265,16 @@ func TestServerRestart(t *testing.T) {
 
 // TestSteady wants no move of the path in ten minutes.
 func TestSteady(t *testing.T) {
-	lossy := homeLink
+	lossy := homeLink()
 	lossy.Loss, lossy.Jitter = 0.106, 3*time.Millisecond // 20 % from end to end
 	for _, test := range []struct {
 		what    string
 		link    nattest.Link
 		streams int
 	}{
-		{"idle", homeLink, 0},
-		{"one way", homeLink, 1},
-		{"both ways", homeLink, 2},
+		{"idle", homeLink(), 0},
+		{"one way", homeLink(), 1},
+		{"both ways", homeLink(), 2},
 		{"one way with loss", lossy, 1},
 		{"both ways with loss", lossy, 2},
 	} {
@@ -287,7 +287,7 @@ func TestSteady(t *testing.T) {
 }
 
 func steady(t *testing.T, seed uint64, l nattest.Link, streams int) {
-	w := nattest.NewWorld(seed, homeLink)
+	w := nattest.NewWorld(seed, homeLink())
 	defer w.Stop()
 	a, _ := laptop(w, 0, kinds()[1], l, "192.168.1.2/24")
 	b, _ := laptop(w, 1, kinds()[1], l, "192.168.2.2/24")
@@ -332,22 +332,22 @@ func TestLAN(t *testing.T) {
 }
 
 func lan(t *testing.T, seed uint64, hairpin bool) {
-	w := nattest.NewWorld(seed, homeLink)
+	w := nattest.NewWorld(seed, homeLink())
 	defer w.Stop()
 	nat := nattest.Masquerade()
 	nat.Hairpin = hairpin
-	router := w.Internet().NewRouter(nat, netip.MustParseAddr("203.0.113.20"), homeLink)
+	router := w.Internet().NewRouter(nat, netip.MustParseAddr("203.0.113.20"), homeLink())
 	wire := nattest.Link{Delay: 100 * time.Microsecond}
 	var nodes []*nattest.Node
 	for _, addr := range []string{"192.168.1.2/24", "192.168.1.3/24"} {
-		nodes = append(nodes, w.NewNode(router.LAN().NewHost(wire, netip.MustParsePrefix(addr)), homeLink))
+		nodes = append(nodes, w.NewNode(router.LAN().NewHost(wire, netip.MustParsePrefix(addr)), homeLink()))
 	}
 	a, b := nodes[0], nodes[1]
 	start(t, a)
 	time.Sleep(time.Duration(seed*20) * time.Millisecond)
 	start(t, b)
 	// One way to the server and back, twice: the netmap, then the signal.
-	if took, ok := met(a, b, 100*time.Millisecond+4*2*homeLink.Delay); !ok {
+	if took, ok := met(a, b, 100*time.Millisecond+4*2*homeLink().Delay); !ok {
 		t.Fatalf("seed %d: no path after %v", seed, took)
 	}
 	time.Sleep(2 * time.Second)
@@ -367,12 +367,12 @@ func TestDoubleNATWorld(t *testing.T) {
 		}
 		t.Run(k.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := nattest.NewWorld(10, homeLink)
+				w := nattest.NewWorld(10, homeLink())
 				defer w.Stop()
-				carrier := w.Internet().NewRouter(nattest.NAT{Filtering: apdm}, netip.MustParseAddr("203.0.113.50"), homeLink)
+				carrier := w.Internet().NewRouter(nattest.NAT{Filtering: apdm}, netip.MustParseAddr("203.0.113.50"), homeLink())
 				home := carrier.LAN().NewRouter(nattest.Masquerade(), netip.MustParseAddr("100.64.0.9"), nattest.Link{})
-				a := w.NewNode(home.LAN().NewHost(nattest.Link{}, netip.MustParsePrefix("192.168.1.2/24")), homeLink)
-				b, _ := laptop(w, 1, k, homeLink, "192.168.2.2/24")
+				a := w.NewNode(home.LAN().NewHost(nattest.Link{}, netip.MustParsePrefix("192.168.1.2/24")), homeLink())
+				b, _ := laptop(w, 1, k, homeLink(), "192.168.2.2/24")
 				connect(t, a, b)
 				expectNoFaults(t, w)
 			})
@@ -384,15 +384,15 @@ func TestDoubleNATWorld(t *testing.T) {
 // carrier's own outer addresses leads from one to the other.
 func TestCarrier(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := nattest.NewWorld(12, homeLink)
+		w := nattest.NewWorld(12, homeLink())
 		defer w.Stop()
 		nat := nattest.NAT{Filtering: apdm, Hairpin: true}
-		carrier := w.Internet().NewRouter(nat, netip.MustParseAddr("203.0.113.50"), homeLink)
+		carrier := w.Internet().NewRouter(nat, netip.MustParseAddr("203.0.113.50"), homeLink())
 		var nodes []*nattest.Node
 		for _, wan := range []string{"100.64.0.9", "100.64.0.10"} {
-			home := carrier.LAN().NewRouter(nattest.Masquerade(), netip.MustParseAddr(wan), homeLink)
+			home := carrier.LAN().NewRouter(nattest.Masquerade(), netip.MustParseAddr(wan), homeLink())
 			host := home.LAN().NewHost(nattest.Link{}, netip.MustParsePrefix("192.168.1.2/24"))
-			nodes = append(nodes, w.NewNode(host, homeLink))
+			nodes = append(nodes, w.NewNode(host, homeLink()))
 		}
 		connect(t, nodes[0], nodes[1])
 		defer talk(nodes[0], nodes[1])()

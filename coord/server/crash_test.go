@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"overlay/coord"
 )
@@ -78,15 +79,13 @@ func TestKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	acked := map[string]coord.NodeInfo{}
-	for round := range 5 {
+	for round := range 12 {
 		o.server = c.addr
 		n, i := newNode(t), o.invite(t, uses(1))
 		stop := make(chan struct{})
 		go func() { // at a moment that differs from round to round
 			defer close(stop)
-			for range round * 400 {
-				_ = os.Getpid()
-			}
+			time.Sleep(time.Duration(round) * 700 * time.Microsecond)
 			c.kill()
 		}()
 		joinErr := n.join(t, i, "bob")

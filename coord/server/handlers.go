@@ -54,8 +54,7 @@ func (s *Server) own(c call) (any, error) {
 		return nil, err
 	}
 	s.log.Info("mesh founded", "owner", cert.Name, "address", cert.IP4)
-	c.release()
-	return coord.CertReply{Cert: doc}, nil
+	return coord.CertReply{Cert: doc}, s.ready(c)
 }
 
 func (s *Server) join(c call) (any, error) {
@@ -89,8 +88,7 @@ func (s *Server) cert(c call) (any, error) {
 		return nil, err
 	}
 	s.log.Info("joined", "device", c.device)
-	c.release()
-	return coord.CertReply{Cert: doc}, nil
+	return coord.CertReply{Cert: doc}, s.ready(c)
 }
 
 func (s *Server) revoke(c call) (any, error) {
@@ -157,7 +155,8 @@ func (s *Server) upgrade(w http.ResponseWriter, c call) error {
 	return nil
 }
 
-// ready waits until the hub knows the member that the store knows.
+// ready waits until the hub knows the member that the store knows, so that the
+// next thing the device does is a member's.
 func (s *Server) ready(c call) error {
 	revision, err := s.registry.member(c.r.Context(), c.device)
 	if err != nil {

@@ -145,6 +145,7 @@ func (h *hub) load(ctx context.Context) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	first := h.storeRev == 0
 	gone := make(map[trust.Key]bool, len(h.members))
 	for device := range h.members {
 		gone[device] = true
@@ -160,7 +161,7 @@ func (h *hub) load(ctx context.Context) error {
 	for device := range gone {
 		h.remove(device)
 	}
-	if h.revision == 0 {
+	if first {
 		h.pending = pending{nodes: map[trust.Key]struct{}{}} // nobody knows an older mesh
 	}
 	h.advance(revision)

@@ -38,6 +38,14 @@ func start(t testing.TB, dir string) *running {
 	if err != nil {
 		t.Fatal(err)
 	}
+	r := run(t, s)
+	r.dir = dir
+	return r
+}
+
+// run serves until the test ends or stop is called.
+func run(t testing.TB, s *Server) *running {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -47,7 +55,7 @@ func start(t testing.TB, dir string) *running {
 	})
 	stop := sync.OnceFunc(func() { cancel(); wg.Wait() })
 	t.Cleanup(stop)
-	return &running{Server: s, dir: dir, stop: stop}
+	return &running{Server: s, stop: stop}
 }
 
 // node is a device with its keys.

@@ -1,0 +1,193 @@
+package server
+
+import (
+	"bytes"
+	"log/slog"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/pion/stun/v2"
+
+	"overlay/coord/trust"
+	"overlay/punch"
+)
+
+// stunWorld is a stunServer that knows one session.
+func stunWorld() (*stunServer, sessionID, []byte) {
+	id, key := sessionID{1, 2, 3}, bytes.Repeat([]byte{9}, exporterSize)
+	clock := time.Now() // stands still, so that no limit refills
+	now := func() time.Time { return clock }
+	return &stunServer{
+		session: func(s sessionID) (trust.Key, []byte, bool) { return trust.Key{7}, key, s == id },
+		tokens:  newTokens(now), limit: newBuckets(stunPerSource, stunBurst, now), log: slog.New(slog.DiscardHandler),
+	}, id, key
+}
+
+func binding(t testing.TB, setters ...stun.Setter) []byte {
+	t.Helper()
+	m, err := stun.Build(append([]stun.Setter{stun.TransactionID, stun.BindingRequest}, setters...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m.Raw
+}
+
+// padding makes a request long enough for the longest answer.
+func padding() stun.Setter {
+	return stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, punch.ServerAnswerSize)}
+}
+
+func TestSTUNAnswers(t *testing.T) {
+	s, id, key := stunWorld()
+	user := stun.NewUsername(string(id[:]))
+	mac := stun.MessageIntegrity(key)
+	for name, c := range map[string]struct {
+		request       []byte
+		answer, token bool
+	}{
+		"plain":                {binding(t), true, false},
+		"session":              {binding(t, user, padding(), mac), true, true},
+		"session, too short":   {binding(t, user, mac), false, false},
+		"session, no MAC":      {binding(t, user, padding()), false, false},
+		"session, wrong MAC":   {binding(t, user, padding(), stun.MessageIntegrity("x")), false, false},
+		"unknown session":      {binding(t, stun.NewUsername("0123456789abcdef"), padding(), mac), false, false},
+		"short session":        {binding(t, stun.NewUsername("x"), padding(), mac), false, false},
+		"a response":           {must(stun.Build(stun.TransactionID, stun.BindingSuccess)).Raw, false, false},
+		"too long":             {binding(t, stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, maxBinding)}), false, false},
+		"cut short":            {binding(t, padding())[:40], false, false},
+		"not STUN":             {[]byte("hello, is anybody there? hello"), false, false},
+		"nothing":              {nil, false, false},
+		"allocate (RFC 8656)":  {must(stun.Build(stun.TransactionID, stun.NewType(stun.MethodAllocate, stun.ClassRequest))).Raw, false, false},
+		"changed after signed": {flip(binding(t, user, padding(), mac), 60), false, false},
+	} {
+		for _, from := range []netip.AddrPort{addr("203.0.113.7:4444"), addr("[2001:db8::7]:4444"), addr("[::ffff:203.0.113.7]:4444")} {
+			got := s.answer(c.request, from)
+			if (got != nil) != c.answer {
+				t.Errorf("%s from %v: answer of %d bytes", name, from, len(got))
+			}
+			if got != nil {
+				checkAnswer(t, s, c.request, got, from, c.token, key)
+			}
+		}
+	}
+}
+
+func must(m *stun.Message, err error) *stun.Message {
+	if err != nil {
+		panic(err)
+	}
+	return m
+}
+
+func flip(b []byte, i int) []byte {
+	b[i] ^= 1
+	return b
+}
+
+func checkAnswer(t *testing.T, s *stunServer, request, answer []byte, from netip.AddrPort, token bool, key []byte) {
+	t.Helper()
+	m := &stun.Message{Raw: answer}
+	if err := m.Decode(); err != nil {
+		t.Fatal(err)
+	}
+	var mapped stun.XORMappedAddress
+	if err := mapped.GetFrom(m); err != nil {
+		t.Fatal(err)
+	}
+	got, _ := netip.AddrFromSlice(mapped.IP)
+	seen := netip.AddrPortFrom(got.Unmap(), uint16(mapped.Port))
+	if seen != netip.AddrPortFrom(from.Addr().Unmap(), from.Port()) || !bytes.Equal(m.TransactionID[:], request[8:20]) {
+		t.Errorf("answer says %v for %v", seen, from)
+	}
+	value, err := m.Get(punch.AttrToken)
+	if (err == nil) != token {
+		t.Fatalf("token: %v", err)
+	}
+	if !token {
+		return
+	}
+	if len(answer) > len(request) || len(value) > punch.MaxToken {
+		t.Errorf("%d bytes answer %d bytes, token of %d", len(answer), len(request), len(value))
+	}
+	if err := stun.MessageIntegrity(key).Check(m); err != nil {
+		t.Error(err)
+	}
+	if !s.tokens.valid(value, trust.Key{7}, seen) {
+		t.Error("the token proves nothing")
+	}
+}
+
+// Plain requests are limited per network; nodes are not.
+func TestSTUNLimit(t *testing.T) {
+	s, id, key := stunWorld()
+	plain, answered := binding(t), 0
+	for i := range 3 * stunBurst {
+		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 1000)
+		if s.answer(plain, from) != nil {
+			answered++
+		}
+	}
+	if answered != stunBurst {
+		t.Errorf("%d of one network answered at once", answered)
+	}
+	if s.answer(plain, addr("198.51.100.1:1000")) == nil && s.answer(plain, addr("192.0.2.1:1000")) == nil {
+		t.Error("other networks wait for it")
+	}
+	signed := binding(t, stun.NewUsername(string(id[:])), padding(), stun.MessageIntegrity(key))
+	if s.answer(signed, addr("203.0.113.1:1000")) == nil {
+		t.Error("a node of that network gets no answer")
+	}
+}
+
+// All three ports answer, from the address that was asked, also when the server
+// listens on all of them; the token of a real stream lets a record through.
+func TestSTUNOnSockets(t *testing.T) {
+	s, err := Open(Config{Listen: ":0", STUN: ":0", Public: "127.0.0.1", StateDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := run(t, s)
+	o := found(t, r)
+	e, _ := o.follow(t, o.server, "")
+	if len(e.welcome.STUN) != 3 {
+		t.Fatalf("ports %v", e.welcome.STUN)
+	}
+	request := binding(t, stun.NewUsername(string(e.welcome.Session)), padding(), stun.MessageIntegrity(e.STUNKey()))
+	hosts := []string{"127.0.0.1", "127.0.0.2"}
+	if six, err := net.ListenPacket("udp6", "[::1]:0"); err == nil {
+		_ = six.Close()
+		hosts = append(hosts, "::1")
+	}
+	for _, host := range hosts {
+		for _, port := range e.welcome.STUN {
+			to := net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(host), port))
+			c, err := net.DialUDP("udp", nil, to) // takes answers from that address only
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+			_, _ = c.Write(request)
+			b := make([]byte, maxBinding)
+			n, err := c.Read(b)
+			if err != nil {
+				t.Fatalf("%v: %v", to, err)
+			}
+			checkSocketAnswer(t, s, o, b[:n], c.LocalAddr().(*net.UDPAddr).AddrPort())
+			_ = c.Close()
+		}
+	}
+}
+
+func checkSocketAnswer(t *testing.T, s *Server, o *owner, b []byte, local netip.AddrPort) {
+	t.Helper()
+	m := &stun.Message{Raw: b}
+	if err := m.Decode(); err != nil {
+		t.Fatal(err)
+	}
+	token, err := m.Get(punch.AttrToken)
+	if err != nil || !s.hub.tokens.valid(token, public(o.device), local) {
+		t.Errorf("token for %v: %v", local, err)
+	}
+}

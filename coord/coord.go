@@ -185,7 +185,8 @@ type Event struct {
 	Netmap  *Netmap   `json:"netmap,omitempty"`  // whole: replaces what is known
 	Delta   *Netmap   `json:"delta,omitempty"`   // changed and removed nodes
 	Signal  *Signal   `json:"signal,omitempty"`
-	Ping    *struct{} `json:"ping,omitempty"` // every PingInterval
+	Ping    *struct{} `json:"ping,omitempty"`  // every PingInterval
+	Refusal *Error    `json:"error,omitempty"` // of a Report
 	// Resume names this point of the netmap's history; empty on events that
 	// are not part of it.
 	Resume string `json:"resume,omitempty"`

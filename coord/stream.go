@@ -85,7 +85,7 @@ func (s *Stream) Next() (Event, error) {
 		if err != nil {
 			return Event{}, err
 		}
-		if e.Welcome != nil || e.Netmap != nil || e.Delta != nil || e.Signal != nil {
+		if e.Welcome != nil || e.Netmap != nil || e.Delta != nil || e.Signal != nil || e.Refusal != nil {
 			return e, nil
 		}
 	}
@@ -102,6 +102,9 @@ func decodeEvent(frame []byte) (Event, error) {
 		if len(w.Session) == 0 || len(w.Session) > maxSession || len(w.STUN) > maxSTUNPorts {
 			return Event{}, fmt.Errorf("welcome with a session of %d bytes and %d STUN ports", len(w.Session), len(w.STUN))
 		}
+	}
+	if e.Refusal != nil {
+		e.Refusal.Message, e.Refusal.Hint = printable(e.Refusal.Message), printable(e.Refusal.Hint)
 	}
 	if e.Signal != nil && len(e.Signal.Data) > MaxSignal {
 		return Event{}, fmt.Errorf("signal of %d bytes, at most %d are allowed", len(e.Signal.Data), MaxSignal)

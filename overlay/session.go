@@ -284,6 +284,8 @@ func (s *session) event(e coord.Event) {
 		s.netmap(e.Delta, false)
 	case e.Signal != nil:
 		s.signal(e.Signal)
+	case e.Refusal != nil:
+		s.log.Warn("the server refused a report", "code", e.Refusal.Code, "err", e.Refusal)
 	}
 }
 

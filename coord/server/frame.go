@@ -41,12 +41,6 @@ func single(e any) *frame {
 	return &frame{head: b}
 }
 
-// refusal tells a node that what it sent was not taken. Nodes that do not know
-// this event ignore it.
-type refusal struct {
-	Error *coord.Error `json:"error"`
-}
-
 // netmapFrames encodes a change, or with whole the mesh, as one frame or as
 // many as its nodes need. Only the last one can be resumed from.
 func netmapFrames(whole bool, rest coord.Netmap, parts []part, at resumePoint) []*frame {

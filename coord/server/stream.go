@@ -230,7 +230,7 @@ func (s *stream) publish(p coord.Publish) {
 	}
 	e := asError(err, s.hub.log)
 	s.hub.log.Warn("record refused", "device", s.device, "code", e.Code, "reason", e.Message)
-	s.send(single(refusal{e}))
+	s.send(single(coord.Event{Refusal: e}))
 }
 
 // send queues frames. A node that does not keep up is disconnected: it comes

@@ -15,8 +15,8 @@ const (
 	maxPerEndpoint = 20  // packets per second to one address and port of a peer
 	maxPerAddress  = 100 // packets per second to one address
 	maxFaults      = 10
-	// consentExpiry is when an address that answered counts as one that did not
-	// (RFC 7675 section 5.1).
+	// consentExpiry is after how much silence an address that answered counts as
+	// one that did not (RFC 7675 section 5.1).
 	consentExpiry = 30 * time.Second
 )
 
@@ -29,7 +29,7 @@ type audit struct {
 
 	mu        sync.Mutex
 	local     []netip.Prefix
-	answered  map[netip.AddrPort]time.Time // when it last sent a success response
+	answered  map[netip.AddrPort]time.Time // when what answered once was last heard
 	heard     map[netip.AddrPort]bool      // sent anything
 	opened    map[netip.AddrPort]bool      // got an opener from us
 	endpoints map[check][]time.Time
@@ -76,7 +76,7 @@ func (a *audit) received(b []byte, from netip.AddrPort) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.heard[from] = true
-	if messageType(b) == stun.BindingSuccess {
+	if _, once := a.answered[from]; once || messageType(b) == stun.BindingSuccess {
 		a.answered[from] = time.Now()
 	}
 }
@@ -106,7 +106,7 @@ func (a *audit) sent(b []byte, to netip.AddrPort, ttl int) {
 		return
 	}
 	if n := count(a.endpoints, checkOf(b, to), now); n > maxPerEndpoint {
-		a.fault("%d packets within a second to %s, which never answered", n, to)
+		a.fault("%d packets within a second to %s, which is silent", n, to)
 	}
 	if n := count(a.addresses, to.Addr(), now); n > maxPerAddress {
 		a.fault("%d packets within a second to %s", n, to.Addr())

@@ -79,8 +79,8 @@ func (n *Node) with(peer punch.Key) *traffic {
 }
 
 func (n *Node) receive(b []byte, from netip.AddrPort) {
+	n.audit.received(b, from)
 	if !bytes.HasPrefix(b, []byte(dataHeader)) {
-		n.audit.received(b, from)
 		if a := n.current(); a != nil {
 			a.Receive(b, from)
 		}

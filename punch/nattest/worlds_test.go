@@ -108,11 +108,27 @@ func (s spec) direct() bool {
 
 // patience is how long both sides may take to a path.
 func (s spec) patience() time.Duration {
+	if s.loss() > 0 && s.mayPoison() {
+		return 3 * time.Minute
+	}
 	if s.loss() > 0 {
 		return 20 * time.Second
 	}
 	// Gathering and the signals go through the server, the checks do not.
 	return 2*time.Second + 4*max(s.rtt(), s.rtt()+2*s.server.Delay)
+}
+
+// mayPoison says that a call and its answer can take longer than checks wait for
+// them, so that they may reach a router with open input too early: then only
+// its forgetting helps.
+func (s spec) mayPoison() bool {
+	open := func(k kind) bool { return k.nat != nil && k.nat.OpenInput }
+	if !open(s.kinds[0]) && !open(s.kinds[1]) {
+		return false
+	}
+	const hold, rto = time.Second, 200 * time.Millisecond
+	signal := s.rtt()/2 + 2*s.server.Delay
+	return 2*signal+rto+2*s.server.Delay+s.rtt()/2 > hold // one segment lost on the way
 }
 
 // laptop attaches the i-th laptop as kind k says.

@@ -21,6 +21,7 @@ const (
 // traffic is what the data plane knows of a peer.
 type traffic struct {
 	path     punch.Path
+	source   netip.Addr // the own address when the path was chosen
 	moves    []Move
 	sent     uint64
 	lastSent time.Time
@@ -53,7 +54,7 @@ func (n *Node) send(to *Node) {
 	w.mu.Lock()
 	t := n.with(to.key)
 	t.sent++
-	path, agent := t.path, n.agent
+	path, source, agent := t.path, t.source, n.agent
 	wake := !path.Addr.IsValid() || time.Since(t.lastSent) > idle
 	t.lastSent = time.Now()
 	w.mu.Unlock()
@@ -63,7 +64,9 @@ func (n *Node) send(to *Node) {
 	if wake {
 		agent.Demand(to.key)
 	}
-	if path.Addr.IsValid() {
+	// The source of a path is pinned, as the real data plane pins it by
+	// IP_PKTINFO: where the host has lost the address, nothing leaves.
+	if path.Addr.IsValid() && source == n.host.sourceTo(path.Addr.Addr()) {
 		_ = n.host.Send(append([]byte(dataHeader), n.key[:]...), n.port, path.Addr, 0) // data may be lost
 	}
 }
@@ -99,7 +102,7 @@ func (n *Node) onPath(p punch.Path) {
 	n.world.mu.Lock()
 	defer n.world.mu.Unlock()
 	t := n.with(p.Peer)
-	t.path = p
+	t.path, t.source = p, n.host.sourceTo(p.Addr.Addr())
 	t.moves = append(t.moves, Move{At: time.Now(), Path: p})
 }
 

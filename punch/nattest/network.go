@@ -164,6 +164,14 @@ func (h *Host) source(to netip.Addr) (netip.Addr, bool) {
 	return h.addrs[i].Addr(), true
 }
 
+// sourceTo returns the address that packets to a destination leave with.
+func (h *Host) sourceTo(to netip.Addr) netip.Addr {
+	h.net.mu.Lock()
+	defer h.net.mu.Unlock()
+	a, _ := h.source(to)
+	return a
+}
+
 func (h *Host) receive(p packet) func() {
 	recv := h.ports[p.dst.Port()]
 	if recv == nil {

@@ -56,7 +56,10 @@ func (n *Node) serveLocal(ctx context.Context, l net.Listener) error {
 		<-ctx.Done()
 		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
-		return errors.Join(srv.Shutdown(last), srv.Close())
+		if srv.Shutdown(last) != nil {
+			return srv.Close() // who is still asking is cut off
+		}
+		return nil
 	})
 	return g.Wait()
 }

@@ -78,7 +78,6 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 	if err := s.linkChanged(); err != nil {
 		return nil, errors.Join(err, s.dev.Load().Close())
 	}
-	s.loadCache()
 	return s, nil
 }
 
@@ -230,7 +229,10 @@ func (s *session) run(ctx context.Context) error {
 	dev := s.dev.Load()
 	g.Go(func() error { return dev.Run(ctx) })
 	g.Go(func() error { return s.agent.Run(ctx) })
-	g.Go(func() error { return s.control.run(ctx) })
+	g.Go(func() error {
+		s.loadCache() // waits for dev.Run; before the server says anything newer
+		return s.control.run(ctx)
+	})
 	g.Go(func() error { return s.endpoints.run(ctx) })
 	g.Go(func() error { return s.keepCache(ctx) })
 	g.Go(func() error {

@@ -27,13 +27,13 @@ type Node struct {
 	stop  chan struct{} // closed by Down
 	once  sync.Once
 
-	up sync.Mutex // held by Up and Leave: one at a time; before mu
+	up         sync.Mutex // held by Up and Leave: one at a time; taken before mu
+	endSession func()     // stops the session and waits for it
 
-	mu         sync.Mutex
-	session    *session // nil until up
-	endSession func()   // stops it and waits
-	group      *errgroup.Group
-	ctx        context.Context // of Run
+	mu      sync.Mutex
+	session *session // nil until up
+	group   *errgroup.Group
+	ctx     context.Context // of Run
 }
 
 // New prepares a node; nothing is opened before Run.
@@ -87,11 +87,8 @@ func (n *Node) current() *session {
 // the node is online, or works from its cache because the server is not
 // reached.
 func (n *Node) Up(ctx context.Context, r UpRequest, progress func(Progress)) (UpResult, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.ctx == nil {
-		return UpResult{}, errors.New("the node does not run")
-	}
+	n.up.Lock()
+	defer n.up.Unlock()
 	c, err := n.merge(r)
 	if err != nil {
 		return UpResult{}, err
@@ -100,12 +97,13 @@ func (n *Node) Up(ctx context.Context, r UpRequest, progress func(Progress)) (Up
 	if err != nil {
 		return UpResult{}, err
 	}
-	if err := n.start(c, progress); err != nil {
+	s, err := n.start(c, progress)
+	if err != nil {
 		return UpResult{}, err
 	}
-	res := n.settle(ctx, progress)
+	res := s.settle(ctx, progress)
 	if founded && res.Online {
-		reply, err := n.session.invite(ctx, InviteRequest{})
+		reply, err := s.invite(ctx, InviteRequest{})
 		if err != nil {
 			progress(Progress{Step: "invite", Text: "not made: " + err.Error(), Warn: true})
 		}
@@ -257,48 +255,65 @@ func (n *Node) joinConfig(inv coord.Invite, k *keys, c *settings) (coord.JoinCon
 
 // start opens the session. A running one stays when the settings are the same,
 // and makes room otherwise.
-func (n *Node) start(c *settings, progress func(Progress)) error {
-	if n.session != nil {
-		if *n.session.settings == *c {
-			return nil
+func (n *Node) start(c *settings, progress func(Progress)) (*session, error) {
+	if s := n.current(); s != nil {
+		c.Nonces, c.NonceTime = s.settings.Nonces, s.settings.NonceTime
+		if *s.settings == *c {
+			return s, nil
 		}
 		n.endSession()
 	}
+	s, err := n.openSession(c)
+	if err != nil {
+		return nil, deviceError(err, c)
+	}
+	overlaps := s.overlaps()
+	if err := n.store.save(settingsFile, c); err != nil {
+		return nil, errors.Join(err, s.dev.Load().Close())
+	}
+	if err := n.runSession(s); err != nil {
+		return nil, errors.Join(err, s.dev.Load().Close())
+	}
+	progress(Progress{Step: "interface", Text: fmt.Sprintf("%s, %s, %s, MTU %d", c.Interface, s.self.IP4, s.self.IP6, c.MTU)})
+	for _, o := range overlaps {
+		progress(Progress{Step: "overlap", Warn: true, Text: o + " overlaps the mesh's IPv4 range; reach peers by their IPv6 addresses"})
+	}
+	return s, nil
+}
+
+func (n *Node) openSession(c *settings) (*session, error) {
 	k, err := n.store.loadKeys()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var m membership
 	if _, err := n.store.load(meshFile, &m); err != nil {
-		return err
+		return nil, err
 	}
-	s, err := newSession(n.store, k, c, &m, n.cfg)
-	if err != nil {
-		return deviceError(err, c)
-	}
-	if err := n.store.save(settingsFile, c); err != nil {
-		return errors.Join(err, s.dev.Load().Close())
-	}
-	n.runSession(s)
-	progress(Progress{Step: "interface", Text: fmt.Sprintf("%s, %s, %s, MTU %d", c.Interface, s.self.IP4, s.self.IP6, c.MTU)})
-	for _, o := range s.overlaps() {
-		progress(Progress{Step: "overlap", Warn: true, Text: fmt.Sprintf(
-			"%s overlaps the mesh's range %s; reach peers by their IPv6 addresses", o, s.roster.mesh.State().Prefix4)})
-	}
-	return nil
+	return newSession(n.store, k, c, &m, n.cfg)
 }
 
 // runSession starts the session under Run's group; an error of it that nobody
 // asked for ends the daemon.
-func (n *Node) runSession(s *session) {
+func (n *Node) runSession(s *session) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ctx == nil {
+		return errors.New("the node does not run")
+	}
 	ctx, cancel := context.WithCancel(n.ctx)
 	done := make(chan struct{})
 	n.session, n.endSession = s, func() { cancel(); <-done }
 	n.group.Go(func() error {
 		defer close(done)
 		defer cancel()
-		return s.run(ctx)
+		err := s.run(ctx)
+		n.mu.Lock()
+		n.session = nil
+		n.mu.Unlock()
+		return err
 	})
+	return nil
 }
 
 // How long up waits for things that are good to know but not needed.
@@ -310,8 +325,7 @@ const (
 
 // settle waits for the server, then a moment for the network and the peers,
 // and tells how things stand.
-func (n *Node) settle(ctx context.Context, progress func(Progress)) UpResult {
-	s := n.session
+func (s *session) settle(ctx context.Context, progress func(Progress)) UpResult {
 	within(ctx, serverWait, s, func() bool { return s.synced || s.trouble != nil })
 	s.mu.Lock()
 	online, trouble := s.online && s.synced, s.trouble
@@ -371,8 +385,8 @@ func (s *session) waiting() int {
 // Leave revokes this device, deletes its keys and ends Run. The error says
 // that the server could not be told; the keys are gone all the same.
 func (n *Node) Leave(ctx context.Context) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
+	n.up.Lock()
+	defer n.up.Unlock()
 	err := Leave(ctx, n.cfg)
 	n.Down()
 	return err

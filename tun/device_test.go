@@ -17,7 +17,9 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
-var testMesh = []netip.Prefix{netip.MustParsePrefix("100.99.0.0/16"), netip.MustParsePrefix("fd99::/48")}
+func mesh() []netip.Prefix {
+	return []netip.Prefix{netip.MustParsePrefix("100.99.0.0/16"), netip.MustParsePrefix("fd99::/48")}
+}
 
 func newKey(t *testing.T) Key {
 	t.Helper()
@@ -41,7 +43,7 @@ func newNode(t *testing.T, s *space, n byte, more ...func(*Config)) *node {
 	t.Helper()
 	v4, v6 := netip.AddrFrom4([4]byte{100, 99, 0, n}), netip.AddrFrom16([16]byte{0xfd, 0x99, 15: n})
 	c := Config{
-		Name: linkName(), PrivateKey: newKey(t), MTU: 1400, Mesh: testMesh, Routes: testMesh,
+		Name: linkName(), PrivateKey: newKey(t), MTU: 1400, Mesh: mesh(), Routes: mesh(),
 		Addrs: []netip.Prefix{netip.PrefixFrom(v4, 16), netip.PrefixFrom(v6, 48)},
 	}
 	if testing.Verbose() {

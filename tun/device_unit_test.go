@@ -18,74 +18,94 @@ import (
 	"golang.zx2c4.com/wireguard/device"
 )
 
+// never is what due says when no handshake should start.
+const never = time.Duration(-1)
+
+// A clock asks handshakes whether one with peer 1 is due.
+type clock struct {
+	h         handshakes
+	initiate  bool
+	sent      time.Time
+	completed time.Time
+	reads     int // of the sessions
+}
+
+func (c *clock) expect(t *testing.T, what string, k Key, want time.Duration) {
+	t.Helper()
+	got := c.h.due(k, c.sent, c.initiate, func() map[Key]time.Time {
+		c.reads++
+		return map[Key]time.Time{{1}: c.completed}
+	})
+	if got != want {
+		t.Errorf("%s: due in %v, want %v", what, got, want)
+	}
+}
+
 func TestHandshakesDue(t *testing.T) {
-	const never = time.Duration(-1)
 	k, path, other := Key{1}, netip.MustParseAddrPort("192.0.2.1:1"), netip.MustParseAddrPort("192.0.2.2:1")
 	synctest.Test(t, func(t *testing.T) {
-		var h handshakes
-		var sent, completed time.Time
-		initiate, reads := true, 0
-		expect := func(what string, k Key, want time.Duration) {
-			t.Helper()
-			got := h.due(k, sent, initiate, func() map[Key]time.Time {
-				reads++
-				return map[Key]time.Time{k: completed}
-			})
-			if got != want {
-				t.Errorf("%s: due in %v, want %v", what, got, want)
-			}
-		}
-		h.move(k, path)
-		expect("no session", k, 0)
-		expect("at once again", k, never)
-		expect("another peer", Key{2}, 0)
-		if reads != 1 {
-			t.Errorf("sessions were read %d times within 20 ms, want once", reads)
+		c := clock{initiate: true}
+		c.h.move(k, path)
+		c.expect(t, "no session", k, 0)
+		c.expect(t, "at once again", k, never)
+		c.expect(t, "another peer", Key{2}, 0)
+		if c.reads != 1 {
+			t.Errorf("sessions were read %d times within 20 ms, want once", c.reads)
 		}
 		time.Sleep(10 * time.Millisecond)
-		h.move(k, path)
-		expect("on the same path", k, never)
-		h.move(k, other)
-		expect("on another path", k, startInterval-10*time.Millisecond)
-		expect("while one is put off", k, never)
+		c.h.move(k, path)
+		c.expect(t, "on the same path", k, never)
+		c.h.move(k, other)
+		c.expect(t, "on another path", k, startInterval-10*time.Millisecond)
+		c.expect(t, "while one is put off", k, never)
 		time.Sleep(startInterval)
-		h.resume(k)
-		expect("when its time has come", k, 0)
+		c.h.resume(k)
+		c.expect(t, "when its time has come", k, 0)
 		time.Sleep(time.Second)
-		sent = time.Now()
-		expect("when wireguard-go just sent one", k, never)
+		c.sent = time.Now()
+		c.expect(t, "when wireguard-go just sent one", k, never)
 		time.Sleep(startInterval)
-		expect("50 ms later", k, 0)
-		completed = time.Now()
+		c.expect(t, "50 ms later", k, 0)
+		c.h.forget(k)
+		c.sent = time.Time{}
+		c.expect(t, "after the peer was made anew", k, 0)
+	})
+}
+
+func TestHandshakesDueWithSession(t *testing.T) {
+	k := Key{1}
+	synctest.Test(t, func(t *testing.T) {
+		c := clock{initiate: true, completed: time.Now()}
 		time.Sleep(startInterval)
-		expect("with a session", k, never)
-		reads = 0
+		c.expect(t, "with a session", k, never)
+		c.reads = 0
 		time.Sleep(device.RejectAfterTime - startInterval - time.Nanosecond)
-		expect("with an old session", k, never)
-		if reads != 0 {
+		c.expect(t, "with an old session", k, never)
+		if c.reads != 0 {
 			t.Error("sessions were read for a peer known to have one")
 		}
 		time.Sleep(time.Nanosecond)
-		expect("with a session too old", k, 0)
-		completed = time.Now().Add(time.Hour)
+		c.expect(t, "with a session too old", k, 0)
+		c.completed = time.Now().Add(time.Hour)
 		time.Sleep(startInterval)
-		expect("after the clock was set back", k, 0)
-		h.forget(k)
-		sent = time.Time{}
-		expect("after the peer was made anew", k, 0)
+		c.expect(t, "after the clock was set back", k, 0)
+	})
+}
 
-		initiate, completed = false, time.Time{}
-		time.Sleep(time.Second)
-		expect("on the side that leaves it to the other", k, yieldTime)
+func TestHandshakesDueOnYieldingSide(t *testing.T) {
+	k := Key{1}
+	synctest.Test(t, func(t *testing.T) {
+		var c clock
+		c.expect(t, "first", k, yieldTime)
 		time.Sleep(yieldTime)
-		expect("before its time has come", k, never)
-		h.resume(k)
-		expect("when the other did not", k, 0)
-		expect("and then", k, yieldTime)
+		c.expect(t, "before its time has come", k, never)
+		c.h.resume(k)
+		c.expect(t, "when the other did not begin", k, 0)
+		c.expect(t, "and then", k, yieldTime)
 		time.Sleep(yieldTime)
-		h.resume(k)
-		completed = time.Now()
-		expect("when the other did", k, never)
+		c.h.resume(k)
+		c.completed = time.Now()
+		c.expect(t, "when the other did", k, never)
 	})
 }
 

@@ -43,20 +43,20 @@ func TestOverlaps(t *testing.T) {
 				return err
 			}
 		}
-		got, err := Overlaps(testMesh[0], d.Name())
+		got, err := Overlaps(mesh()[0], d.Name())
 		if want := []string{"eth0 100.99.0.12/24", "eth0 100.64.0.0/10"}; !slices.Equal(got, want) {
 			t.Errorf("got %q, want %q", got, want)
 		}
 		if err != nil {
 			return err
 		}
-		if got, err = Overlaps(testMesh[1], d.Name()); len(got) != 0 {
+		if got, err = Overlaps(mesh()[1], d.Name()); len(got) != 0 {
 			t.Errorf("ipv6: got %q, want none", got)
 		}
 		if err != nil {
 			return err
 		}
-		if got, err = Overlaps(testMesh[1], ""); len(got) != 1 {
+		if got, err = Overlaps(mesh()[1], ""); len(got) != 1 {
 			t.Errorf("without exception: got %q, want our own", got)
 		}
 		return err

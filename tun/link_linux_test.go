@@ -39,16 +39,19 @@ func kernelState(t *testing.T, s *space, name string) (list []string) {
 	return list
 }
 
-var wantState = []string{
-	"addr 100.99.0.1/16", "addr fd99::1/48",
-	"route 100.99.0.0/16 src 100.99.0.1", "route fd99::/48 src <nil>",
+// wholeState is kernelState of node 1 when nothing is missing.
+func wholeState() []string {
+	return []string{
+		"addr 100.99.0.1/16", "addr fd99::1/48",
+		"route 100.99.0.0/16 src 100.99.0.1", "route fd99::/48 src <nil>",
+	}
 }
 
 func TestInterface(t *testing.T) {
 	s := newSpace(t)
 	d := newNode(t, s, 1)
-	if got := kernelState(t, s, d.Name()); !slices.Equal(got, wantState) {
-		t.Errorf("got %q, want %q", got, wantState)
+	if got := kernelState(t, s, d.Name()); !slices.Equal(got, wholeState()) {
+		t.Errorf("got %q, want %q", got, wholeState())
 	}
 	s.do(t, func() error {
 		l, err := netlink.LinkByName(d.Name())
@@ -79,7 +82,7 @@ func TestInterfaceIsRepaired(t *testing.T) {
 		{"ipv4 address removed", []func() error{del("100.99.0.1/16")}},
 		{"ipv6 address removed", []func() error{del("fd99::1/48")}},
 		{"route removed", []func() error{func() error {
-			return netlink.RouteDel(&netlink.Route{LinkIndex: l.Index, Dst: ipNet(testMesh[0]), Scope: netlink.SCOPE_LINK})
+			return netlink.RouteDel(&netlink.Route{LinkIndex: l.Index, Dst: ipNet(mesh()[0]), Scope: netlink.SCOPE_LINK})
 		}}},
 		{"down and up", []func() error{
 			func() error { return netlink.LinkSetDown(l) },
@@ -89,11 +92,11 @@ func TestInterfaceIsRepaired(t *testing.T) {
 		for _, f := range step.do {
 			s.do(t, f)
 		}
-		if len(step.do) == 1 && slices.Equal(kernelState(t, s, d.Name()), wantState) {
+		if len(step.do) == 1 && slices.Equal(kernelState(t, s, d.Name()), wholeState()) {
 			t.Logf("%s: repaired before we could look", step.what)
 		}
 		eventually(t, 5*time.Second, step.what, func() bool {
-			return slices.Equal(kernelState(t, s, d.Name()), wantState)
+			return slices.Equal(kernelState(t, s, d.Name()), wholeState())
 		})
 	}
 	if d.Port() == 0 {
@@ -141,7 +144,7 @@ func TestForeignRouteStays(t *testing.T) {
 	s := newSpace(t)
 	eth := cable("eth5")
 	s.addLink(t, eth, "10.7.0.1/24")
-	foreign := &netlink.Route{Dst: ipNet(testMesh[0]), Scope: netlink.SCOPE_LINK}
+	foreign := &netlink.Route{Dst: ipNet(mesh()[0]), Scope: netlink.SCOPE_LINK}
 	s.do(t, func() error {
 		foreign.LinkIndex = eth.Index
 		return netlink.RouteAdd(foreign)
@@ -159,7 +162,7 @@ func TestForeignRouteStays(t *testing.T) {
 func TestWithoutIPv6(t *testing.T) {
 	s := newSpace(t)
 	d := newNode(t, s, 1, func(c *Config) { c.MTU = 1200 })
-	want := []string{wantState[0], wantState[2]}
+	want := []string{wholeState()[0], wholeState()[2]}
 	if got := kernelState(t, s, d.Name()); !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}

@@ -115,7 +115,7 @@ func TestWatchIgnoresOwnInterface(t *testing.T) {
 	s.do(t, func() error {
 		return netlink.AddrDel(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: d.link.index}}, mustAddr(t, "100.99.0.1/16"))
 	})
-	eventually(t, 3*time.Second, "the repair", func() bool { return slices.Contains(kernelState(t, s, d.Name()), wantState[0]) })
+	eventually(t, 3*time.Second, "the repair", func() bool { return slices.Contains(kernelState(t, s, d.Name()), wholeState()[0]) })
 	d.stop()
 	check(t, d.Close())
 	settle(calls)

@@ -35,7 +35,6 @@ type peer struct {
 	out, in account // messages inside wireguard-go
 
 	// Guarded by peers.mu.
-	inner     []netip.Addr
 	endpoints []*endpoint
 	indices   []uint32
 	port      uint16 // of the handle last made

@@ -296,10 +296,13 @@ func (a *Agent) Demand(k Key) {
 func (a *Agent) NetworkChanged() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.networkChanged(time.Now())
+	a.networkChanged(time.Now(), [2]bool{})
 }
 
-func (a *Agent) networkChanged(now time.Time) {
+// networkChanged is NetworkChanged with the families of which an address of ours
+// was lost. Their paths through NATs end at once: data sent from the new address
+// would reach the peer's NAT unasked.
+func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 	for _, s := range a.servers {
 		s.fresh = false
 	}
@@ -312,13 +315,16 @@ func (a *Agent) networkChanged(now time.Time) {
 		}
 		p.series = time.Time{}
 		p.backoff = 0
+		p.probe = probe{}
 		p.uncertain = true
-		if p.selected != nil {
-			p.suspectSince = now
-		}
+		p.suspectSince = now
 		if p.wanted(now) || p.selected != nil {
 			p.wantCall = true
 			a.queue.set(p, now)
+		}
+		if p.selected != nil && lost[family(p.selected.addr)] && !a.near(p.selected.addr) {
+			p.selected, p.moved = nil, true
+			a.announce(Path{Peer: p.key})
 		}
 	}
 	a.notify()
@@ -350,10 +356,16 @@ func (a *Agent) SetLocal(addrs []netip.Prefix, port uint16) {
 	if slices.Equal(local, a.local) && port == a.port {
 		return
 	}
+	var lost [2]bool
+	for _, prefix := range a.local {
+		addr := netip.AddrPortFrom(prefix.Addr(), port)
+		kept := slices.ContainsFunc(local, func(now netip.Prefix) bool { return now.Addr() == prefix.Addr() })
+		lost[family(addr)] = lost[family(addr)] || !kept || port != a.port
+	}
 	a.local, a.port = local, port
 	now := time.Now()
 	a.refresh(now)
-	a.networkChanged(now)
+	a.networkChanged(now, lost)
 }
 
 // Path returns the path in use towards a peer.

@@ -28,21 +28,21 @@ func TestDirect(t *testing.T) {
 		a, b := w.gathered(1, outerA), w.gathered(2, outerB)
 		begin := time.Now()
 		meet(a, b)
-		time.Sleep(3*oneWay + time.Millisecond)
+		rest(3*oneWay + time.Millisecond)
 		a.wantPath(b, b.outer)
 		b.wantPath(a, a.outer)
 		for _, n := range []*node{a, b} {
-			if len(n.paths) != 1 || n.paths[0].RTT != 2*oneWay || n.paths[0].Type != ServerReflexive {
-				t.Errorf("paths told: %v", n.paths)
+			if len(n.toldPaths()) != 1 || n.toldPaths()[0].RTT != 2*oneWay || n.toldPaths()[0].Type != ServerReflexive {
+				t.Errorf("paths told: %v", n.toldPaths())
 			}
 		}
 		first := w.between(a.outer, b.outer, begin)
 		if first[0].ttl != openerTTL || first[1].ttl != 0 || first[1].at.Sub(begin) != oneWay {
 			t.Errorf("first packets: TTL %d, %d after %v", first[0].ttl, first[1].ttl, first[1].at.Sub(begin))
 		}
-		time.Sleep(2 * time.Second)
+		rest(2 * time.Second)
 		settled := time.Now()
-		time.Sleep(20 * time.Second)
+		rest(20 * time.Second)
 		if n := len(w.between(a.outer, b.outer, settled)); n > 0 {
 			t.Errorf("%d packets in 20 s of silence", n)
 		}
@@ -56,9 +56,9 @@ func TestOneSideCalls(t *testing.T) {
 		a, b := w.gathered(1, outerA), w.gathered(2, outerB)
 		a.online = false
 		meet(a, b)
-		time.Sleep(3*oneWay + time.Millisecond)
+		rest(3*oneWay + time.Millisecond)
 		b.wantPath(a, a.outer)
-		time.Sleep(oneWay)
+		rest(oneWay)
 		a.wantPath(b, b.outer)
 	})
 }
@@ -82,7 +82,7 @@ func TestHold(t *testing.T) {
 				a.online = false // b does not call
 				begin := time.Now()
 				meet(a, b)
-				time.Sleep(2 * time.Second)
+				rest(2 * time.Second)
 				sent := w.between(a.outer, b.outer, begin)
 				if sent[0].ttl != openerTTL || sent[0].at != begin {
 					t.Errorf("first packet has TTL %d after %v", sent[0].ttl, sent[0].at.Sub(begin))
@@ -111,7 +111,7 @@ func TestCallOfStranger(t *testing.T) {
 		offline := a.info()
 		offline.Online = false
 		b.SetPeer(offline)
-		time.Sleep(time.Second)
+		rest(time.Second)
 		a.wantPath(b, b.outer)
 		b.wantPath(a, a.outer)
 		opened := w.between(a.outer, b.outer, begin)[0].at
@@ -132,7 +132,7 @@ func TestCadence(t *testing.T) {
 		b.online = true
 		begin := time.Now()
 		a.SetPeer(b.info())
-		time.Sleep(4 * time.Second)
+		rest(4 * time.Second)
 		var offsets []time.Duration
 		sent := w.between(a.outer, b.outer, begin)
 		for _, x := range sent[1:] {
@@ -148,7 +148,7 @@ func TestCadence(t *testing.T) {
 				t.Errorf("check %d after %v, want %v", i, offset, at)
 			}
 		}
-		time.Sleep(2 * time.Hour)
+		rest(2 * time.Hour)
 		last := time.Now().Add(-maxBackoff - time.Second)
 		if len(w.between(a.outer, b.outer, last)) == 0 {
 			t.Error("an online peer is given up")
@@ -174,14 +174,14 @@ func TestPrivateCandidates(t *testing.T) {
 			inWorld(t, func(w *world) {
 				a := w.gathered(1, outerA)
 				a.SetLocal([]netip.Prefix{netip.MustParsePrefix(test.local)}, 1000)
-				time.Sleep(100 * time.Millisecond)
+				rest(100 * time.Millisecond)
 				_, key := keyPair(t, 2)
 				begin := time.Now()
 				a.SetPeer(Peer{Key: key, Online: true, Candidates: []Candidate{
 					{Addr: netip.MustParseAddrPort(lan), Type: Host},
 					{Addr: netip.MustParseAddrPort(test.public), Type: ServerReflexive},
 				}})
-				time.Sleep(3 * time.Second)
+				rest(3 * time.Second)
 				sent := w.between(a.outer, netip.MustParseAddrPort(lan), begin)
 				if got := len(sent) > 0; got != test.want {
 					t.Fatalf("%d packets", len(sent))
@@ -203,11 +203,11 @@ func TestLANPreferred(t *testing.T) {
 		inside := netip.MustParseAddrPort("192.168.7.2:2000")
 		a.SetLocal([]netip.Prefix{netip.MustParsePrefix("192.168.7.9/24")}, 1000)
 		meet(a, b)
-		time.Sleep(time.Second)
+		rest(time.Second)
 		a.wantPath(b, b.outer)
 		b.alias(inside)
 		b.SetLocal([]netip.Prefix{netip.MustParsePrefix("192.168.7.2/24")}, 2000)
-		time.Sleep(time.Second)
+		rest(time.Second)
 		a.wantPath(b, inside)
 	})
 }
@@ -226,18 +226,18 @@ func TestForbiddenAndTooMany(t *testing.T) {
 			peer.Candidates = append(peer.Candidates, Candidate{Addr: netip.MustParseAddrPort(addr), Type: ServerReflexive})
 		}
 		a.SetPeer(peer)
-		time.Sleep(10 * time.Second)
-		if len(w.wires) > 0 {
-			t.Errorf("a packet left for %v", w.wires[0].to)
+		rest(10 * time.Second)
+		if len(w.all()) > 0 {
+			t.Errorf("a packet left for %v", w.all()[0].to)
 		}
 		for i := range MaxCandidates + 1 {
 			addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 7)
 			peer.Candidates = append(peer.Candidates[:i:i], Candidate{Addr: addr, Type: Host})
 		}
 		a.SetPeer(peer)
-		time.Sleep(10 * time.Second)
-		if len(w.wires) > 0 {
-			t.Errorf("a list of %d was not refused whole: a packet left for %v", len(peer.Candidates), w.wires[0].to)
+		rest(10 * time.Second)
+		if len(w.all()) > 0 {
+			t.Errorf("a list of %d was not refused whole: a packet left for %v", len(peer.Candidates), w.all()[0].to)
 		}
 	})
 }
@@ -248,12 +248,12 @@ func TestPeerReflexive(t *testing.T) {
 	inWorld(t, func(w *world) {
 		a, b := w.gathered(1, outerA), w.gathered(2, outerB)
 		published := b.outer
-		b.outer = netip.MustParseAddrPort("203.0.113.2:54321")
+		b.move("203.0.113.2:54321")
 		info := b.info()
 		info.Candidates[0].Addr = published
 		a.SetPeer(info)
 		b.SetPeer(a.info())
-		time.Sleep(time.Second)
+		rest(time.Second)
 		a.wantPath(b, b.outer)
 		b.wantPath(a, a.outer)
 		if path, _ := a.Path(b.key); path.Type != PeerReflexive {
@@ -268,12 +268,12 @@ func TestDemand(t *testing.T) {
 		a.online, b.online = false, false
 		begin := time.Now()
 		meet(a, b)
-		time.Sleep(time.Minute)
-		if n := len(w.between(a.outer, b.outer, begin)); n > 0 || w.signals > 0 {
-			t.Fatalf("%d packets and %d signals for nobody", n, w.signals)
+		rest(time.Minute)
+		if n := len(w.between(a.outer, b.outer, begin)); n > 0 || w.talked() > 0 {
+			t.Fatalf("%d packets and %d signals for nobody", n, w.talked())
 		}
 		a.Demand(b.key)
-		time.Sleep(100 * time.Millisecond) // asks the server anew, because that was long ago
+		rest(100 * time.Millisecond) // asks the server anew, because that was long ago
 		a.wantPath(b, b.outer)
 		a.Demand(Key{}) // unknown peers are nothing
 	})
@@ -288,15 +288,15 @@ func TestBackoff(t *testing.T) {
 		a.SetPeer(Peer{Key: key, Candidates: []Candidate{{Addr: netip.MustParseAddrPort(outerB), Type: Host}}})
 		for range 600 {
 			a.Demand(key)
-			time.Sleep(100 * time.Millisecond)
+			rest(100 * time.Millisecond)
 		}
 		// At 0, then after 5, 10, 20, 40 s.
-		if w.signals != 4 {
-			t.Errorf("%d calls in a minute", w.signals)
+		if w.talked() != 4 {
+			t.Errorf("%d calls in a minute", w.talked())
 		}
-		time.Sleep(5 * time.Minute)
+		rest(5 * time.Minute)
 		before := len(w.between(a.outer, netip.MustParseAddrPort(outerB), time.Time{}))
-		time.Sleep(time.Hour)
+		rest(time.Hour)
 		if n := len(w.between(a.outer, netip.MustParseAddrPort(outerB), time.Time{})) - before; n > 0 {
 			t.Errorf("%d packets without demand", n)
 		}

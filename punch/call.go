@@ -41,12 +41,13 @@ func family(addr netip.AddrPort) int {
 // held reports whether a check on q has to wait. A packet that reaches a far NAT
 // before the peer's own packet has left may occupy the very mapping the peer
 // needs. Verified pairs are exempt, unless the network changed and nothing flows
-// anyway.
+// there anyway.
 func (a *Agent) held(p *peer, q *pair, now time.Time) bool {
 	if !now.Before(p.holdUntil) || a.near(q.addr) {
 		return false
 	}
-	if q.valid && !(q.suspect && p.uncertain && !p.active(now)) {
+	stranger := q.suspect && p.uncertain && (p.moved || !p.active(now))
+	if q.valid && !stranger {
 		return false
 	}
 	return !p.released[family(q.addr)] && !a.covered(p, family(q.addr), now)
@@ -135,12 +136,26 @@ func (a *Agent) unheard(p *peer, calls int) {
 	p.holdUntil = until
 }
 
+// postpone puts off the own next call, because the peer's does the same now. Two
+// sides that cannot meet are then silent together, long enough for what their
+// attempts left in the NATs to expire.
+func (p *peer) postpone(now time.Time) {
+	if p.retryAt.IsZero() {
+		return
+	}
+	if p.retryAt.Sub(now) < p.backoff-recallAfter {
+		p.backoff = min(2*p.backoff, maxBackoff)
+	}
+	p.retryAt = now.Add(p.backoff)
+}
+
 // answerCall does what a call asks for. When the caller has not opened its NAT
 // towards our address of today, because it did not know it, it is called back
 // and our checks wait for it. The caller has no path: on ours it gets as many
 // checks as on others, each of which has it check, too.
 func (a *Agent) answerCall(p *peer, now time.Time) {
 	p.wantAnswer = false
+	p.postpone(now)
 	for _, q := range p.pairs {
 		q.asked = true
 	}

@@ -76,10 +76,10 @@ func (t buckets[K]) take(key K, now time.Time, allowed quota) bool {
 	return b.take(now, allowed.rate)
 }
 
-// mayProbe charges one packet to an address that has not answered: to the peer's
+// mayProbe charges one packet to an address that did not answer lately: to the peer's
 // transport address and, over all peers, to the IP address.
 func (a *Agent) mayProbe(p *peer, q *pair, now time.Time) bool {
-	if q.valid {
+	if q.valid && now.Sub(q.answered) < consentExpiry {
 		return true
 	}
 	return p.limits.take(q.addr, now, quota{pairRate, maxPairLimits}) &&

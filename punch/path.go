@@ -86,7 +86,7 @@ func (p *peer) receive(now time.Time) {
 // clear lifts every suspicion from the selected path.
 func (p *peer) clear() {
 	p.probe = probe{}
-	p.uncertain = false
+	p.uncertain, p.moved = false, false
 	p.suspectSince = time.Time{}
 	if p.selected == nil {
 		return

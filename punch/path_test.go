@@ -13,7 +13,7 @@ func connected(w *world) (a, b *node) {
 	w.t.Helper()
 	a, b = w.gathered(1, outerA), w.gathered(2, outerB)
 	meet(a, b)
-	time.Sleep(3 * time.Second)
+	rest(3 * time.Second)
 	a.wantPath(b, b.outer)
 	b.wantPath(a, a.outer)
 	return a, b
@@ -26,17 +26,17 @@ func TestSuspect(t *testing.T) {
 		a, b := connected(w)
 		a.talk(b, 2*time.Second, true)
 		w.setDrop(func(x wire) bool { return x.to != stunAddr() })
-		cut, signals := time.Now(), w.signals
+		cut, signals := time.Now(), w.talked()
 		a.talk(b, 700*time.Millisecond, false)
-		if w.signals == signals {
+		if w.talked() == signals {
 			t.Error("no call")
 		}
 		a.wantPath(b, b.outer)
 		a.talk(b, 7*time.Second, false)
 		a.wantPath(b, netip.AddrPort{})
-		last := len(a.paths) - 1
-		if took := a.pathAt[last].Sub(cut); a.paths[last].Addr.IsValid() || took < giveUp {
-			t.Errorf("told %v after %v", a.paths[last], took)
+		last := len(a.toldPaths()) - 1
+		if took := a.toldAt(last).Sub(cut); a.toldPaths()[last].Addr.IsValid() || took < giveUp {
+			t.Errorf("told %v after %v", a.toldPaths()[last], took)
 		}
 		w.setDrop(nil)
 		a.talk(b, 11*time.Second, false)
@@ -51,8 +51,8 @@ func TestChecksKillNothing(t *testing.T) {
 		w.setDrop(func(x wire) bool { return x.to != stunAddr() })
 		a.talk(b, 2*time.Minute, true)
 		a.wantPath(b, b.outer)
-		if len(a.paths) != 1 {
-			t.Errorf("told %v", a.paths)
+		if len(a.toldPaths()) != 1 {
+			t.Errorf("told %v", a.toldPaths())
 		}
 	})
 }
@@ -67,8 +67,8 @@ func TestLossKillsNothing(t *testing.T) {
 			return count%3 == 0
 		})
 		a.talk(b, time.Minute, false)
-		if len(a.paths) != 1 {
-			t.Errorf("told %v", a.paths)
+		if len(a.toldPaths()) != 1 {
+			t.Errorf("told %v", a.toldPaths())
 		}
 	})
 }
@@ -83,9 +83,9 @@ func TestConsent(t *testing.T) {
 		if busy < 11 || busy > 14 {
 			t.Errorf("%d checks in a minute of traffic", busy)
 		}
-		time.Sleep(time.Minute)
+		rest(time.Minute)
 		begin = time.Now()
-		time.Sleep(10 * time.Minute)
+		rest(10 * time.Minute)
 		idle := w.between(a.outer, b.outer, begin)
 		for i, x := range idle[1:] {
 			if gap := x.at.Sub(idle[i].at); gap > keepalive+time.Millisecond {
@@ -113,7 +113,7 @@ func TestIdleDeath(t *testing.T) {
 	inWorld(t, func(w *world) {
 		a, b := connected(w)
 		w.setDrop(func(x wire) bool { return x.to != stunAddr() })
-		time.Sleep(keepalive + consentExpiry + giveUp)
+		rest(keepalive + consentExpiry + giveUp)
 		a.wantPath(b, netip.AddrPort{})
 	})
 }
@@ -167,9 +167,9 @@ func TestFailover(t *testing.T) {
 func TestRoaming(t *testing.T) {
 	inWorld(t, func(w *world) {
 		a, b := connected(w)
-		b.outer = netip.MustParseAddrPort("203.0.113.77:7777")
+		b.move("203.0.113.77:7777")
 		b.NetworkChanged()
-		time.Sleep(200 * time.Millisecond)
+		rest(200 * time.Millisecond)
 		a.wantPath(b, b.outer)
 		b.wantPath(a, a.outer)
 		if path, _ := b.Path(a.key); path.RTT > 4*oneWay {
@@ -185,10 +185,35 @@ func TestRoamingWithoutSignals(t *testing.T) {
 		a, b := connected(w)
 		b.talk(a, time.Second, true)
 		w.carry = func(_, _ *node) error { return errNoCarrier }
-		b.outer = netip.MustParseAddrPort("203.0.113.77:7777")
+		b.move("203.0.113.77:7777")
 		b.NetworkChanged()
 		a.talk(b, 200*time.Millisecond, true)
 		a.wantPath(b, b.outer)
+	})
+}
+
+// TestAddressLost wants a path through NATs to end at once when our address is
+// gone, and no packet at full TTL before the peer has opened.
+func TestAddressLost(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		local := func(addr string) []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix(addr)} }
+		b.SetLocal(local("192.168.1.5/24"), 2000)
+		a.talk(b, 2*time.Second, true)
+		b.talk(a, 2*time.Second, true)
+		begin := time.Now()
+		b.move("203.0.113.77:7777")
+		b.SetLocal(local("192.168.2.5/24"), 2000)
+		b.wantPath(a, netip.AddrPort{})
+		rest(200 * time.Millisecond)
+		b.wantPath(a, a.outer)
+		a.wantPath(b, b.outer)
+		opened := w.between(a.outer, b.outer, begin)[0].at
+		for _, x := range w.between(b.outer, a.outer, begin) {
+			if x.ttl == 0 && x.at.Before(opened) {
+				t.Errorf("full TTL at %v, opened at %v", x.at.Sub(begin), opened.Sub(begin))
+			}
+		}
 	})
 }
 
@@ -197,20 +222,20 @@ func TestLocalChange(t *testing.T) {
 	inWorld(t, func(w *world) {
 		a, b := connected(w)
 		local := []netip.Prefix{netip.MustParsePrefix("192.168.1.5/24"), netip.MustParsePrefix("127.0.0.1/8")}
-		signals := w.signals
+		signals := w.talked()
 		a.SetLocal(local, 1000)
-		time.Sleep(time.Second)
-		if w.signals == signals {
+		rest(time.Second)
+		if w.talked() == signals {
 			t.Error("no call after a change")
 		}
 		if got := a.Candidates(); len(got) != 2 || got[0].Addr.String() != "192.168.1.5:1000" || got[0].Type != Host {
 			t.Errorf("candidates %v", got)
 		}
 		a.wantPath(b, b.outer)
-		signals = w.signals
+		signals = w.talked()
 		a.SetLocal(local, 1000)
-		time.Sleep(time.Second)
-		if w.signals != signals {
+		rest(time.Second)
+		if w.talked() != signals {
 			t.Error("a call without a change")
 		}
 	})
@@ -224,20 +249,20 @@ func TestRestart(t *testing.T) {
 		old := w.between(b.outer, a.outer, time.Time{})
 		b.stop()
 		b.stop = func() {}
-		b.outer = netip.AddrPort{}
+		b.move("0.0.0.0:0")
 		again := w.gathered(2, outerB)
 		w.mu.Lock()
 		w.nodes = append(w.nodes[:1], again)
 		w.mu.Unlock()
 		again.SetPeer(a.info())
-		time.Sleep(200 * time.Millisecond)
+		rest(200 * time.Millisecond)
 		again.wantPath(a, a.outer)
 		a.wantPath(again, again.outer)
 		elsewhere := netip.MustParseAddrPort("203.0.113.66:6666")
 		for _, x := range old {
 			a.Receive(x.b, elsewhere)
 		}
-		time.Sleep(time.Minute)
+		rest(time.Minute)
 		if n := len(w.between(a.outer, elsewhere, time.Time{})); n > 0 {
 			t.Errorf("%d packets in reply to messages of before the restart", n)
 		}
@@ -284,7 +309,7 @@ func TestRemovePeer(t *testing.T) {
 		a.wantPath(b, netip.AddrPort{})
 		begin := time.Now()
 		b.NetworkChanged()
-		time.Sleep(time.Minute)
+		rest(time.Minute)
 		if n := len(w.between(a.outer, b.outer, begin)); n > 0 || len(a.sent) > 0 || len(a.users) > 0 {
 			t.Errorf("%d packets, %d checks, %d users of a removed peer", n, len(a.sent), len(a.users))
 		}

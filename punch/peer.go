@@ -85,6 +85,7 @@ type peer struct {
 	probe        probe
 	suspectSince time.Time
 	uncertain    bool      // only an answer clears the suspicion, not data
+	moved        bool      // we lost the address of the last path
 	consentAt    time.Time // last consent check
 
 	// Traffic.

@@ -115,13 +115,19 @@ func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
 func (w *world) gathered(b byte, outer string) *node {
 	n := w.join(b, outer)
 	n.SetServers([]Server{{Addr: stunAddr(), Username: []byte{b}, Key: []byte("secret")}})
-	time.Sleep(100 * time.Millisecond)
+	rest(100 * time.Millisecond)
 	return n
 }
 
 // info is what the netmap says of n.
 func (n *node) info() Peer {
 	return Peer{Key: n.key, Nonce: n.nonce, Online: n.online, Candidates: []Candidate{{Addr: n.outer, Type: ServerReflexive}}}
+}
+
+// rest sleeps, and lets what is due then happen.
+func rest(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
 }
 
 // meet tells two nodes of each other.
@@ -165,6 +171,13 @@ func (w *world) arrive(from *node, x wire) {
 	if i >= 0 {
 		w.nodes[i].Receive(x.b, x.from)
 	}
+}
+
+// move gives n another address.
+func (n *node) move(addr string) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.outer = netip.MustParseAddrPort(addr)
 }
 
 // alias gives n a second address, from which it answers what arrives there.
@@ -248,7 +261,7 @@ func (n *node) count(Key) Activity {
 // talk counts data for d: what flows out of n, and what comes in.
 func (n *node) talk(to *node, d time.Duration, heard bool) {
 	n.Demand(to.key)
-	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(d); time.Now().Before(end); rest(20 * time.Millisecond) {
 		n.w.mu.Lock()
 		n.activity.Sent++
 		if heard {
@@ -269,6 +282,39 @@ func (w *world) between(from, to netip.AddrPort, since time.Time) []wire {
 		}
 	}
 	return found
+}
+
+// all returns everything that was sent.
+func (w *world) all() []wire {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.wires)
+}
+
+// talked returns how many signals were sent.
+func (w *world) talked() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.signals
+}
+
+func (n *node) toldPaths() []Path {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return slices.Clone(n.paths)
+}
+
+// toldAt returns when the i-th path was told.
+func (n *node) toldAt(i int) time.Time {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.pathAt[i]
+}
+
+func (n *node) toldLists() [][]Candidate {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return slices.Clone(n.told)
 }
 
 func (w *world) setDrop(drop func(wire) bool) {

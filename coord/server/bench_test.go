@@ -1,12 +1,15 @@
 package server
 
 import (
+	"fmt"
 	"io"
 	"net"
-	"runtime"
-	"runtime/debug"
+	"os"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"overlay/coord"
 	"overlay/coord/trust"
@@ -47,14 +50,20 @@ func BenchmarkFanOut(b *testing.B) {
 	}
 }
 
-// BenchmarkIdleStream reports what one idle stream holds, its TLS included: the
-// server's half and, because it is one process, the client's.
+// BenchmarkIdleStream reports what one idle stream, its TLS included, costs a
+// server in a process of its own.
 func BenchmarkIdleStream(b *testing.B) {
-	const streams = 200
-	s := start(b, b.TempDir())
-	o := found(b, s)
-	nodes := make([]*node, streams)
-	i := o.invite(b, uses(streams))
+	const streams = 300
+	c := startChild(b, b.TempDir())
+	invite, err := coord.ParseInvite(c.invite)
+	if err != nil {
+		b.Fatal(err)
+	}
+	o := newOwner(b, invite)
+	if o.member, err = coord.Join(b.Context(), o.config, nil); err != nil {
+		b.Fatal(err)
+	}
+	i, nodes := o.invite(b, uses(streams)), make([]*node, streams)
 	for k := range nodes {
 		nodes[k] = newNode(b)
 		if err := nodes[k].join(b, i, "n"); err != nil {
@@ -62,24 +71,40 @@ func BenchmarkIdleStream(b *testing.B) {
 		}
 	}
 	for b.Loop() {
-		before := held()
-		var open []io.Closer
+		before := c.resident(b)
+		var wg sync.WaitGroup
+		var open []*events
 		for _, n := range nodes {
 			e, _ := n.follow(b, o.server, "")
 			open = append(open, e)
+			wg.Go(func() { // takes the deltas about the others
+				for err := error(nil); err == nil; {
+					_, err = e.Next()
+				}
+			})
 		}
-		b.ReportMetric(float64(held()-before)/1024/streams, "KiB/stream-pair")
-		var wg sync.WaitGroup
-		for _, c := range open {
-			wg.Go(func() { _ = c.Close() })
+		b.ReportMetric(float64(c.resident(b)-before)/1024/streams, "KiB/stream")
+		for _, e := range open {
+			_ = e.Close()
 		}
 		wg.Wait()
 	}
 }
 
-func held() uint64 {
-	debug.FreeOSMemory()
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return m.HeapInuse + m.StackInuse
+// resident is the child's memory after it gave back what it does not use.
+func (c *child) resident(b *testing.B) int {
+	b.Helper()
+	if err := c.cmd.Process.Signal(freeMemory); err != nil {
+		b.Fatal(err)
+	}
+	time.Sleep(time.Second)
+	statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", c.cmd.Process.Pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	pages, err := strconv.Atoi(strings.Fields(string(statm))[1])
+	if err != nil {
+		b.Fatal(err)
+	}
+	return pages * os.Getpagesize()
 }

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
+	"runtime/debug"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -16,6 +19,9 @@ import (
 // childEnv names the state folder to the child process of TestKill.
 const childEnv = "OVERLAY_COORD_CHILD"
 
+// freeMemory makes the child give memory back to the system.
+const freeMemory = syscall.SIGUSR1
+
 // child is a server in a process of its own.
 type child struct {
 	cmd    *exec.Cmd
@@ -23,7 +29,7 @@ type child struct {
 	invite string
 }
 
-func startChild(t *testing.T, dir string) *child {
+func startChild(t testing.TB, dir string) *child {
 	t.Helper()
 	c := &child{cmd: exec.Command(os.Args[0])}
 	c.cmd.Env = append(os.Environ(), childEnv+"="+dir)
@@ -60,6 +66,13 @@ func runChild(dir string) {
 	if i, ok := s.OwnerInvite(); ok {
 		invite = i.String()
 	}
+	free := make(chan os.Signal, 1)
+	signal.Notify(free, freeMemory)
+	go func() {
+		for range free {
+			debug.FreeOSMemory()
+		}
+	}()
 	fmt.Println(s.Addr(), invite)
 	fmt.Fprintln(os.Stderr, s.Run(context.Background()))
 	os.Exit(1)

@@ -157,6 +157,9 @@ func TestCoalescing(t *testing.T) {
 		time.Sleep(time.Second)
 		nodes := 0
 		a.mu.Lock()
+		defer a.mu.Unlock()
+		b.mu.Lock()
+		defer b.mu.Unlock()
 		for i, e := range a.events {
 			nodes += len(e.Delta.Nodes)
 			if !bytes.Equal(a.frames[i], b.frames[i]) {
@@ -166,7 +169,6 @@ func TestCoalescing(t *testing.T) {
 		if nodes != n || len(a.events) > 3 {
 			t.Errorf("%d nodes in %d deltas", nodes, len(a.events))
 		}
-		a.mu.Unlock()
 	})
 }
 

@@ -73,7 +73,8 @@ func FuzzSTUN(f *testing.F) {
 func FuzzReports(f *testing.F) {
 	n := newNode(f)
 	for _, r := range []coord.Report{
-		{}, {Signal: &coord.Signal{Data: []byte("x")}},
+		{},
+		{Signal: &coord.Signal{Data: []byte("x")}},
 		{Publish: &coord.Publish{Record: record(f, n, 1, nil), Tokens: [][]byte{{1}}}},
 	} {
 		b, err := json.Marshal(r)

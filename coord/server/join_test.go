@@ -33,7 +33,7 @@ func TestFoundAndJoin(t *testing.T) {
 	var names, by []string
 	for _, n := range list.Nodes {
 		names, by = append(names, n.Name), append(by, n.InvitedBy)
-		if n.IP6 == (b.cert(t).IP6) && n.WireGuard != b.cert(t).WireGuard {
+		if n.IP6 == b.cert(t).IP6 && n.WireGuard != b.cert(t).WireGuard {
 			t.Error("addresses and keys are mixed up")
 		}
 	}

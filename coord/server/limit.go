@@ -10,10 +10,11 @@ import (
 )
 
 const (
-	maxAnonymous = 16              // connections of one network served before they are members'
-	maxWaiting   = 240             // more of them that wait for their turn
-	maxAllAnon   = 4096            // connections of all networks together
-	waitForTurn  = 4 * time.Second // less than what a client waits for an answer
+	maxAnonymous = 16               // connections of one network served before they are members'
+	maxWaiting   = 240              // more of them that wait for their turn
+	maxAllAnon   = 4096             // connections of all networks together
+	waitForTurn  = 4 * time.Second  // less than what a client waits for an answer
+	anonymousAge = 30 * time.Second // of a connection that does not become a member's
 
 	failuresPerSource = 10 // failed joins a minute
 	failuresTotal     = 100
@@ -164,6 +165,7 @@ type gatedConn struct {
 	serving  bool // holds a turn
 	released bool
 	ended    bool
+	age      *time.Timer // closes who keeps a turn for nothing
 }
 
 var errNoTurn = errors.New("too many connections of this network")
@@ -197,7 +199,9 @@ func (c *gatedConn) begin() error {
 	defer c.mu.Unlock()
 	if c.serving = !c.released; !c.serving {
 		<-c.lane.turn
+		return nil
 	}
+	c.age = time.AfterFunc(anonymousAge, func() { _ = c.Close() })
 	return nil
 }
 
@@ -211,6 +215,7 @@ func (c *gatedConn) release() {
 	}
 	c.released = true
 	if c.serving {
+		c.age.Stop()
 		<-c.lane.turn
 	}
 	c.gate.leave(c.source, c.lane)

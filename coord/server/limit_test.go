@@ -101,6 +101,13 @@ func TestGate(t *testing.T) {
 		if !read(conns[maxAnonymous+1]) {
 			t.Error("the turn that became free was not given")
 		}
+		time.Sleep(anonymousAge + time.Second)
+		if !conns[1].hasEnded() {
+			t.Error("an anonymous connection keeps its turn for ever")
+		}
+		if conns[0].hasEnded() {
+			t.Error("a member's connection was closed")
+		}
 		for _, c := range conns {
 			_ = c.Close()
 			_ = c.Close()
@@ -109,4 +116,10 @@ func TestGate(t *testing.T) {
 			t.Errorf("%d connections and %d networks left", g.total, len(g.lanes))
 		}
 	})
+}
+
+func (c *gatedConn) hasEnded() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ended
 }

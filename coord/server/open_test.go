@@ -51,11 +51,13 @@ func TestOpenErrors(t *testing.T) {
 	}{
 		"port taken": {
 			func(c *Config) { c.Listen = tcp.Addr().String() },
-			[]string{"cannot listen on " + tcp.Addr().String() + ": " + me, "Try --listen :"}, syscall.EADDRINUSE,
+			[]string{"cannot listen on " + tcp.Addr().String() + ": " + me, "Try --listen :"},
+			syscall.EADDRINUSE,
 		},
 		"STUN port taken": {
 			func(c *Config) { c.STUN = udp.LocalAddr().String() },
-			[]string{"cannot listen on " + udp.LocalAddr().String() + "/udp: " + me, "Try --stun :"}, syscall.EADDRINUSE,
+			[]string{"cannot listen on " + udp.LocalAddr().String() + "/udp: " + me, "Try --stun :"},
+			syscall.EADDRINUSE,
 		},
 		"bad listen": {func(c *Config) { c.Listen = "nonsense" }, []string{"cannot listen on nonsense", "missing port"}, nil},
 		"bad stun":   {func(c *Config) { c.STUN = "127.0.0.1:65535" }, []string{`--stun "127.0.0.1:65535"`}, nil},
@@ -166,7 +168,7 @@ func TestOnlyReachable(t *testing.T) {
 		{"10.0.0.1/8", ""},
 	} {
 		var addrs []net.Addr
-		for _, a := range strings.Fields(c.addrs) {
+		for a := range strings.FieldsSeq(c.addrs) {
 			ip, network, err := net.ParseCIDR(a)
 			if err != nil {
 				t.Fatal(err)

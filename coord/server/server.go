@@ -178,7 +178,7 @@ func (s *Server) makeOwnerInvite(pin trust.Hash) error {
 }
 
 // OwnerInvite is the invite that makes its user the owner of the mesh, and
-// whether there is one: only as long as the mesh has no owner.
+// whether there is one: only when the mesh had no owner at Open.
 func (s *Server) OwnerInvite() (coord.Invite, bool) { return s.invite, s.ownerless }
 
 // Addr is the TCP address the server listens on.

@@ -22,7 +22,34 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(envCrash); dir != "" {
 		crash(dir)
 	}
-	goleak.VerifyTestMain(m)
+	remove, err := buildOnce()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		remove()
+		os.Exit(code)
+	}))
+}
+
+// buildOnce compiles the program for all labs of this run, unless one is
+// given, and returns what removes it.
+func buildOnce() (remove func(), err error) {
+	if os.Getenv("OVERLAY_LAB") != "1" || os.Getenv(envBinary) != "" {
+		return func() {}, nil
+	}
+	dir, err := os.MkdirTemp("", "natlab-program-")
+	if err != nil {
+		return nil, fmt.Errorf("make folder for the program: %w", err)
+	}
+	remove = func() { os.RemoveAll(dir) }
+	binary := filepath.Join(dir, programName)
+	if err := compile(context.Background(), binary); err != nil {
+		remove()
+		return nil, err
+	}
+	return remove, os.Setenv(envBinary, binary)
 }
 
 // newLab builds a lab that closes with the test, or skips the test.

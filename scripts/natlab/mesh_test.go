@@ -1,0 +1,248 @@
+package natlab
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"overlay/overlay"
+)
+
+const (
+	overlayDevice = "overlay0"
+	invitePrefix  = "ovl1_"
+
+	commandWait = 30 * time.Second
+	directWait  = 10 * time.Second
+	statusPoll  = 20 * time.Millisecond
+)
+
+// envBinary names a ready overlay program, so that not every lab compiles one.
+const envBinary = "OVERLAY_LAB_BINARY"
+
+// mesh is a lab with a server, and the laptops that joined it. The first of
+// them founded the mesh.
+type mesh struct {
+	*Lab
+	server  *Host
+	coord   *Process
+	owner   string
+	members []*member
+}
+
+// member is a laptop that is a node of the mesh.
+type member struct {
+	*Host
+	nodeName string
+	addr     netip.Addr
+	client   *overlay.Client
+	// invite is what it was given, printed and took are what its last
+	// `overlay up` said and how long that lasted.
+	invite, printed string
+	took            time.Duration
+}
+
+func newMesh(t *testing.T) *mesh {
+	t.Helper()
+	m := &mesh{Lab: newLab(t, Options{Binary: os.Getenv(envBinary)})}
+	if err := m.Build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m.server = mustServer(t, m.Lab, "server")
+	m.startCoord(t)
+	t.Cleanup(func() { m.explain(t) })
+	return m
+}
+
+// explain shows the ends of all logs when the test failed.
+func (m *mesh) explain(t *testing.T) {
+	if !t.Failed() {
+		return
+	}
+	t.Logf("log of the server:\n%s", m.coord.tail())
+	for _, n := range m.members {
+		text, err := os.ReadFile(n.state() + "/overlay.log")
+		t.Logf("log of %s: %v\n%s", n.nodeName, err, text[max(0, len(text)-4000):])
+	}
+}
+
+func (m *mesh) startCoord(t *testing.T) {
+	t.Helper()
+	var err error
+	if m.coord, m.owner, err = m.server.StartCoord(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// laptopAt puts a laptop into a new home of its own.
+func (m *mesh) laptopAt(t *testing.T, name string, nat NAT) *Host {
+	t.Helper()
+	return mustLaptop(t, mustHome(t, m.Lab, "home-"+name, nat), name)
+}
+
+// join makes a laptop a member.
+func (m *mesh) join(t *testing.T, h *Host) *member {
+	t.Helper()
+	n := &member{Host: h, nodeName: h.Name(), client: overlay.NewClient(h.socket())}
+	n.invite = m.owner
+	if len(m.members) > 0 {
+		n.invite = m.members[0].newInvite(t)
+	}
+	if err := n.up(t.Context(), n.invite); err != nil {
+		t.Fatal(err)
+	}
+	m.members = append(m.members, n)
+	st := n.status(t)
+	n.addr = st.Self.IPv4
+	if !st.Self.Online {
+		t.Fatalf("%s is not online after up: %s", n.nodeName, st.Self.Trouble)
+	}
+	return n
+}
+
+// pair is a mesh of two laptops, each in a home of its own.
+func pair(t *testing.T, one, two NAT) (m *mesh, a, b *member) {
+	t.Helper()
+	m = newMesh(t)
+	a = m.join(t, m.laptopAt(t, "a", one))
+	b = m.join(t, m.laptopAt(t, "b", two))
+	return m, a, b
+}
+
+// socket is the daemon's socket as seen from outside of the machine.
+func (h *Host) socket() string {
+	return fmt.Sprintf("/proc/%d/root%s", h.pid, overlay.DefaultSocket)
+}
+
+// state is the node's state directory as seen from outside of the machine.
+func (h *Host) state() string { return fmt.Sprintf("/proc/%d/root%s", h.pid, overlay.DefaultStateDir) }
+
+func (n *member) newInvite(t *testing.T) string {
+	t.Helper()
+	invite := strings.TrimSpace(output(t, n.Host, "overlay", "invite"))
+	if !strings.HasPrefix(invite, invitePrefix) {
+		t.Fatalf("overlay invite prints %q", invite)
+	}
+	return invite
+}
+
+// up runs `overlay up`.
+func (n *member) up(ctx context.Context, args ...string) (err error) {
+	start := time.Now()
+	n.printed, err = n.run(ctx, append([]string{"up"}, args...)...)
+	n.took = time.Since(start)
+	return err
+}
+
+func (n *member) down(ctx context.Context) error {
+	_, err := n.run(ctx, "down")
+	return err
+}
+
+// run runs a verb to its end.
+func (n *member) run(ctx context.Context, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, commandWait)
+	defer cancel()
+	cmd := n.Overlay(ctx, args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("overlay %s on %s: %w: %s", args[0], n.Name(), err, stderr.String())
+	}
+	return string(out), nil
+}
+
+func (n *member) status(t *testing.T) overlay.Status {
+	t.Helper()
+	st, err := n.client.Status(t.Context())
+	if err != nil {
+		t.Fatalf("status of %s: %v", n.nodeName, err)
+	}
+	return st
+}
+
+// await polls the node's status until ok, and returns how long it took.
+func (n *member) await(ctx context.Context, limit time.Duration, ok func(overlay.Status) bool) (time.Duration, error) {
+	start := time.Now()
+	for {
+		st, err := n.client.Status(ctx)
+		if err == nil && ok(st) {
+			return time.Since(start), nil
+		}
+		if time.Since(start) > limit {
+			return 0, fmt.Errorf("status of %s after %v: %+v (%v)", n.nodeName, limit, st, err)
+		}
+		time.Sleep(statusPoll)
+	}
+}
+
+// pathTo is what a node says of its path to another.
+func pathTo(st overlay.Status, name string) overlay.PathStatus {
+	for _, p := range st.Peers {
+		if p.Name == name {
+			return p.Path
+		}
+	}
+	return overlay.PathStatus{}
+}
+
+// directTo asks whether the path to a node is a direct one.
+func directTo(name string) func(overlay.Status) bool {
+	return func(st overlay.Status) bool { return pathTo(st, name).Kind == "direct" }
+}
+
+func online(st overlay.Status) bool { return st.Self.Online }
+
+// awaitDirect waits until each of both sees a direct path to the other, and
+// returns when the later of them did.
+func awaitDirect(ctx context.Context, a, b *member) (time.Duration, error) {
+	var g errgroup.Group
+	var took [2]time.Duration
+	g.Go(func() (err error) {
+		took[0], err = a.await(ctx, directWait, directTo(b.nodeName))
+		return err
+	})
+	g.Go(func() (err error) {
+		took[1], err = b.await(ctx, directWait, directTo(a.nodeName))
+		return err
+	})
+	return max(took[0], took[1]), g.Wait()
+}
+
+func mustDirect(t *testing.T, a, b *member) {
+	t.Helper()
+	if _, err := awaitDirect(t.Context(), a, b); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// daemonPID is the process behind the node's socket.
+func (h *Host) daemonPID(t *testing.T) int {
+	t.Helper()
+	c, err := net.Dial("unix", h.socket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	raw, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil || credErr != nil {
+		t.Fatal(err, credErr)
+	}
+	return int(cred.Pid)
+}

@@ -23,7 +23,7 @@ const (
 	idleRefresh   = 60 * time.Second
 	idleSpread    = 15 * time.Second
 	staleAfter    = 25 * time.Second
-	doubtAfter    = time.Second // when a path fails
+	doubtAfter    = time.Second // or since the last receipt, when a path fails
 
 	// tellDelay collects changes of the own candidates that come together.
 	tellDelay = 20 * time.Millisecond
@@ -104,7 +104,7 @@ func (a *Agent) startGather(now time.Time) {
 
 // freshen asks the servers again unless they were asked lately.
 func (a *Agent) freshen(now time.Time, age time.Duration) {
-	if len(a.servers) > 0 && now.Sub(a.refreshes.began) > age {
+	if len(a.servers) > 0 && now.Sub(a.refreshes.began) >= age {
 		a.startGather(now)
 		a.gather(now)
 	}

@@ -187,7 +187,7 @@ func (a *Agent) suspect(p *peer, now time.Time) {
 	p.selected.suspect = true
 	p.suspectSince = now
 	p.probe = probe{}
-	a.freshen(now, doubtAfter)
+	a.freshen(now, min(doubtAfter, now.Sub(p.received)))
 	if p.talk.ready(now, signalRate) {
 		a.call(p, now)
 	} else {

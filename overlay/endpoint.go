@@ -117,8 +117,8 @@ func (e *endpoints) write(p punch.Path) (first bool) {
 // nothing once there is a session, and wireguard-go alone would wait 5 s when a
 // message of it was lost or came before the other side had its path.
 const (
-	handshakeTries = 5
-	handshakeWait  = 150 * time.Millisecond
+	handshakeTries = 8
+	handshakeWait  = 100 * time.Millisecond
 )
 
 // starter starts handshakes on new paths and repeats the lost ones.
@@ -139,7 +139,7 @@ func newStarter(dev *tun.Device) *starter {
 }
 
 func (s *starter) start(p punch.Path, now time.Time) {
-	wait := max(handshakeWait, 3*p.RTT)
+	wait := max(handshakeWait, p.RTT+p.RTT/2)
 	s.open[p.Peer] = &attempt{left: handshakeTries, wait: wait, next: now}
 	s.tick(now)
 }

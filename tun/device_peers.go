@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
@@ -105,8 +106,11 @@ func (d *Device) peerConfig(p Peer, known bool) wgtypes.PeerConfig {
 	c := wgtypes.PeerConfig{
 		PublicKey:                   p.Key,
 		UpdateOnly:                  known,
-		PersistentKeepaliveInterval: &p.Keepalive,
+		PersistentKeepaliveInterval: new(time.Duration),
 		ReplaceAllowedIPs:           true,
+	}
+	if old := d.peers.byKey(p.Key); known && old != nil && old.pathed.Load() {
+		c.PersistentKeepaliveInterval = &p.Keepalive
 	}
 	if !known {
 		c.Endpoint = net.UDPAddrFromAddrPort(d.bind.handle(p.Key, p.Handle))
@@ -124,33 +128,35 @@ func (d *Device) SetEndpoint(k Key, to netip.AddrPort) error {
 	if !to.IsValid() || d.config.meshed(to.Addr()) {
 		return fmt.Errorf("set endpoint on %s: not an address outside the mesh", d.config.Name)
 	}
-	return d.setEndpoint(k, func(Peer) netip.AddrPort {
+	return d.setEndpoint(k, func(p Peer) (netip.AddrPort, time.Duration) {
 		d.starts.move(k, to)
 		d.bind.setPath(k, to) // before the write, which looks the path up by address
-		return to
+		return to, p.Keepalive
 	})
 }
 
 // ClearEndpoint gives the peer a handle for an endpoint: its packets are dropped
-// until SetEndpoint.
+// until SetEndpoint, and nothing is sent to keep it open.
 func (d *Device) ClearEndpoint(k Key) error {
-	return d.setEndpoint(k, func(p Peer) netip.AddrPort {
+	return d.setEndpoint(k, func(p Peer) (netip.AddrPort, time.Duration) {
 		d.starts.move(k, netip.AddrPort{})
-		return d.bind.handle(k, p.Handle)
+		return d.bind.handle(k, p.Handle), 0
 	})
 }
 
-func (d *Device) setEndpoint(k Key, endpoint func(Peer) netip.AddrPort) error {
+func (d *Device) setEndpoint(k Key, endpoint func(Peer) (netip.AddrPort, time.Duration)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	p, ok := d.known[k]
 	if !ok || d.failed[k] {
 		return fmt.Errorf("set endpoint on %s: %w", d.config.Name, ErrUnknownPeer)
 	}
+	to, keepalive := endpoint(p)
 	err := d.configure([]wgtypes.PeerConfig{{
-		PublicKey:  k,
-		UpdateOnly: true,
-		Endpoint:   net.UDPAddrFromAddrPort(endpoint(p)),
+		PublicKey:                   k,
+		UpdateOnly:                  true,
+		Endpoint:                    net.UDPAddrFromAddrPort(to),
+		PersistentKeepaliveInterval: &keepalive,
 	}})
 	if err != nil {
 		return fmt.Errorf("set endpoint on %s: %w", d.config.Name, err)

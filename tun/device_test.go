@@ -82,6 +82,20 @@ func (d *node) endpoint(t *testing.T, k Key) netip.AddrPort {
 	return all[k].Endpoint
 }
 
+// keepalive is how often wireguard-go keeps the way to a peer open.
+func (d *node) keepalive(t *testing.T, k Key) time.Duration {
+	t.Helper()
+	dev, err := d.ctl.Device(d.Name())
+	check(t, err)
+	for _, p := range dev.Peers {
+		if p.PublicKey == k {
+			return p.PersistentKeepaliveInterval
+		}
+	}
+	t.Fatal("no such peer")
+	return 0
+}
+
 func check(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -101,12 +115,18 @@ func TestPeersAndEndpoints(t *testing.T) {
 	extra := Peer{Key: other, Handle: netip.MustParseAddr("fd99::3")}
 	check(t, d.SetPeers([]Peer{peer, extra}))
 	first := d.endpoint(t, k)
+	if every := d.keepalive(t, k); every != 0 {
+		t.Errorf("a peer without a path has a keepalive of %v", every)
+	}
 	if first.Addr() != v6 {
 		t.Errorf("a new peer has the endpoint %v, want a handle at %v", first, v6)
 	}
 
 	to := netip.MustParseAddrPort("192.0.2.7:4242")
 	check(t, d.SetEndpoint(k, to))
+	if every := d.keepalive(t, k); every != peer.Keepalive {
+		t.Errorf("a peer with a path has a keepalive of %v, want %v", every, peer.Keepalive)
+	}
 	if got := d.endpoint(t, k); got != to {
 		t.Errorf("endpoint %v, want %v", got, to)
 	}
@@ -118,6 +138,9 @@ func TestPeersAndEndpoints(t *testing.T) {
 	requireWG(t, d.Name(), peer, to)
 
 	check(t, d.ClearEndpoint(k))
+	if every := d.keepalive(t, k); every != 0 {
+		t.Errorf("a peer that lost its path has a keepalive of %v", every)
+	}
 	if got := d.endpoint(t, k); got.Addr() != v6 || got == first {
 		t.Errorf("cleared endpoint %v, want a handle other than %v", got, first)
 	}

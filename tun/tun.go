@@ -52,7 +52,9 @@ type Peer struct {
 	Key        Key
 	AllowedIPs []netip.Prefix // exactly the peer's overlay addresses
 	Handle     netip.Addr     // the peer's overlay IPv6: base of its handles
-	Keepalive  time.Duration
+	// Keepalive is the persistent keepalive while there is a path; without one
+	// it would ask for handshakes that go nowhere, for ever.
+	Keepalive time.Duration
 	// Initiate says that this side starts handshakes; the other side's own
 	// initiations are held back for a moment (see Bind).
 	Initiate bool

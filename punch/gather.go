@@ -41,6 +41,7 @@ type server struct {
 	mapped netip.AddrPort
 	token  []byte
 	fresh  bool // answered since the network changed
+	limit  bucket
 }
 
 // asking reports whether an answer may still come.
@@ -76,6 +77,7 @@ func (a *Agent) SetServers(list []Server) {
 		for _, known := range old {
 			if known.Addr == s.Addr {
 				s.mapped, s.token, s.fresh = known.mapped, known.token, known.fresh
+				s.limit = known.limit
 			}
 		}
 		a.servers = append(a.servers, s)
@@ -127,6 +129,10 @@ func (a *Agent) gather(now time.Time) {
 				s.mapped, s.token = netip.AddrPort{}, nil
 				lost = true
 			}
+			continue
+		}
+		if !s.limit.take(now, pairRate) {
+			s.next = now.Add(s.limit.wait(pairRate))
 			continue
 		}
 		b, err := s.marshal(s.id)

@@ -46,7 +46,10 @@ func (b *bucket) take(now time.Time, rate float64) bool {
 // wait tells how long until take succeeds.
 func (b *bucket) wait(rate float64) time.Duration {
 	missing := b.used + 1 - rate/2
-	return max(0, time.Duration(missing/(rate/2)*float64(time.Second)))
+	if missing <= 0 {
+		return 0
+	}
+	return time.Duration(missing/(rate/2)*float64(time.Second)) + time.Microsecond
 }
 
 // buckets limits a rate per key. Only keys whose bucket is not full are kept.

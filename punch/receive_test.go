@@ -54,6 +54,33 @@ func TestGather(t *testing.T) {
 	})
 }
 
+// TestRestlessNetwork reports changes without end: requests stay within the rate,
+// and the last change is not forgotten.
+func TestRestlessNetwork(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a := w.gathered(1, outerA)
+		w.setDrop(func(wire) bool { return true })
+		for range 500 {
+			a.NetworkChanged()
+			rest(10 * time.Millisecond)
+		}
+		w.setDrop(nil)
+		a.move("203.0.113.8:8")
+		a.NetworkChanged()
+		rest(time.Second)
+		if got := a.Candidates(); len(got) != 1 || got[0].Addr != a.outer {
+			t.Errorf("candidates %v", got)
+		}
+		var at []time.Time
+		for _, x := range w.all() {
+			at = append(at, x.at)
+		}
+		if n := most(at); n > pairRate {
+			t.Errorf("%d requests in a second", n)
+		}
+	})
+}
+
 // TestForgedMapping sends answers that are not the server's.
 func TestForgedMapping(t *testing.T) {
 	inWorld(t, func(w *world) {

@@ -124,8 +124,8 @@ func (a *audit) sentToServer(b []byte, to netip.AddrPort) {
 	if name, err := m.Get(stun.AttrUsername); err != nil || len(name) != sessionNameLen {
 		a.fault("check sent to server %s", to)
 	}
-	if n := count(a.endpoints, checkOf(b, to), time.Now()); n > maxPerEndpoint {
-		a.fault("%d packets within a second to server %s", n, to)
+	if n := count(a.endpoints, checkOf(b, to), time.Now()); n > maxPerEndpoint && a.answered[to].IsZero() {
+		a.fault("%d packets within a second to server %s, which is silent", n, to)
 	}
 }
 

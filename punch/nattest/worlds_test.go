@@ -15,6 +15,7 @@ import (
 	"overlay/punch/nattest"
 )
 
+// go test ./punch/nattest -run TestWorlds -seed 7
 var (
 	worlds   = flag.Int("worlds", 300, "how many seeded worlds to run")
 	onlySeed = flag.Uint64("seed", 0, "run only the world of this seed")
@@ -143,6 +144,28 @@ func laptop(w *nattest.World, i int, k kind, l nattest.Link, lan string) (*natte
 		addrs = append(addrs, netip.MustParsePrefix(fmt.Sprintf("2001:db8:%d::2/64", i+1)))
 	}
 	return w.NewNode(router.LAN().NewHost(nattest.Link{}, addrs...), l), router
+}
+
+// TestRestless lets events come as fast as they can on both sides of a dead
+// link while signals go on: every one of them asks for checks at once.
+func TestRestless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := nattest.NewWorld(14, homeLink())
+		defer w.Stop()
+		a, _ := laptop(w, 0, kinds()[1], homeLink(), "192.168.1.2/24")
+		b, router := laptop(w, 1, kinds()[1], homeLink(), "192.168.2.2/24")
+		b.Plant(punch.Candidate{Addr: netip.MustParseAddrPort("203.0.113.201:1000"), Type: punch.ServerReflexive})
+		connect(t, a, b)
+		router.SetLink(nattest.Link{Down: true})
+		for range 1000 {
+			for _, pair := range [][2]*nattest.Node{{a, b}, {b, a}} {
+				pair[0].Agent().NetworkChanged()
+				pair[0].Agent().Demand(pair[1].Key())
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		expectNoFaults(t, w)
+	})
 }
 
 // TestWorlds lets two laptops meet in many worlds and holds what they do

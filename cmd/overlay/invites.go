@@ -32,7 +32,7 @@ func invitesCommand() *cobra.Command {
 			return err
 		}
 		if asJSON {
-			return printJSON(cmd.OutOrStdout(), invitesOutput{schema, append([]coord.InviteInfo{}, list.Invites...)})
+			return printJSON(cmd.OutOrStdout(), invitesJSON(list))
 		}
 		rows := make([][]string, 0, len(list.Invites))
 		for _, i := range list.Invites {
@@ -43,9 +43,25 @@ func invitesCommand() *cobra.Command {
 	return cmd
 }
 
+func invitesJSON(list coord.InviteList) invitesOutput {
+	out := invitesOutput{Schema: schema, Invites: []coord.InviteInfo{}}
+	for _, i := range list.Invites {
+		i.Used = append([]string{}, i.Used...)
+		out.Invites = append(out.Invites, i)
+	}
+	return out
+}
+
+// neverYear is the year of an end that stands for none (RFC 5280 section 4.1.2.5).
+const neverYear = 9999
+
 func inviteRow(i coord.InviteInfo) []string {
+	expires := i.Expires.UTC().Format(time.RFC3339)
+	if i.Expires.Year() >= neverYear {
+		expires = "never"
+	}
 	return []string{
-		i.State, fmt.Sprintf("%d of %d", len(i.Used), i.Uses), i.Expires.UTC().Format(time.RFC3339),
+		i.State, fmt.Sprintf("%d of %d", len(i.Used), i.Uses), expires,
 		i.Name, strings.Join(i.Tags, ","), i.CreatedBy, strings.Join(i.Used, ","),
 	}
 }

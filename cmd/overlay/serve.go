@@ -96,21 +96,24 @@ func awaitUp(ctx context.Context, node *overlay.Node) error {
 	return err
 }
 
-// rotatingLog writes to standard error, which is the log file at path, and
-// begins a new file when that one is full. Panics go to standard error too, so
-// it is standard error itself that is moved.
+// rotatingLog writes to out, the log file at path, and begins a new file when
+// that one is full. The new file takes out's place by move.
 type rotatingLog struct {
 	mu   sync.Mutex
 	path string
 	size int64
+	out  io.Writer
+	move func(to *os.File) error
 }
 
+// newRotatingLog takes standard error, which is the file at path, for the log:
+// panics shall stand there too.
 func newRotatingLog(path string) (io.Writer, error) {
 	fi, err := os.Stat(path)
 	if err != nil {
 		return nil, fmt.Errorf("look at the log: %w", err)
 	}
-	return &rotatingLog{path: path, size: fi.Size()}, nil
+	return &rotatingLog{path: path, size: fi.Size(), out: os.Stderr, move: moveOutput}, nil
 }
 
 // Write appends b; a file that cannot be replaced grows on.
@@ -120,7 +123,7 @@ func (l *rotatingLog) Write(b []byte) (int, error) {
 	if l.size+int64(len(b)) > maxLogSize && l.rotate() == nil {
 		l.size = 0
 	}
-	n, err := os.Stderr.Write(b)
+	n, err := l.out.Write(b)
 	l.size += int64(n)
 	return n, err
 }
@@ -134,8 +137,13 @@ func (l *rotatingLog) rotate() error {
 		return err
 	}
 	defer f.Close()
+	return l.move(f)
+}
+
+// moveOutput makes a file the standard output and standard error.
+func moveOutput(to *os.File) error {
 	for _, fd := range []int{unix.Stdout, unix.Stderr} {
-		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
+		if err := unix.Dup3(int(to.Fd()), fd, 0); err != nil {
 			return err
 		}
 	}

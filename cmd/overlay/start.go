@@ -89,19 +89,19 @@ func startProcess(ctx context.Context, state, socket string) error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the daemon: %w", err)
 	}
-	return waitSocket(ctx, cmd.Process, socket, func(code int) error { return daemonError(log, from, code) })
+	return waitSocket(ctx, cmd.Process, overlay.NewClient(socket), func(code int) error { return daemonError(log, from, code) })
 }
 
-// waitSocket returns when the socket answers; a daemon that ended instead is
+// waitSocket returns when the daemon answers; a daemon that ended instead is
 // explained by died.
-func waitSocket(ctx context.Context, daemon *os.Process, socket string, died func(code int) error) error {
+func waitSocket(ctx context.Context, daemon *os.Process, c *overlay.Client, died func(code int) error) error {
 	for deadline := time.Now().Add(startWait); time.Now().Before(deadline); {
-		if running(socket) {
+		if running(ctx, c) {
 			return daemon.Release()
 		}
 		var st syscall.WaitStatus
 		if pid, err := syscall.Wait4(daemon.Pid, &st, syscall.WNOHANG, nil); err == nil && pid == daemon.Pid {
-			if running(socket) { // another up was faster
+			if running(ctx, c) { // another up was faster
 				return nil
 			}
 			return died(st.ExitStatus())
@@ -110,7 +110,7 @@ func waitSocket(ctx context.Context, daemon *os.Process, socket string, died fun
 			return errors.Join(ctx.Err(), daemon.Kill())
 		}
 	}
-	return errors.Join(failure(overlay.Failure, "", "the daemon did not answer at %s within %s", socket, startWait), daemon.Kill())
+	return errors.Join(failure(overlay.Failure, "", "the daemon did not answer within %s", startWait), daemon.Kill())
 }
 
 // openLog opens the daemon's log; the state directory is made when it is not

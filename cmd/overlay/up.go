@@ -2,9 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -96,7 +96,7 @@ func readInvite(cmd *cobra.Command, args []string) (string, error) {
 // run has a daemon do the request and shows its progress.
 func (v *upVerb) run(cmd *cobra.Command) error {
 	ctx, started := cmd.Context(), false
-	if !running(v.node.socket) {
+	if !running(ctx, v.node.client()) {
 		if err := v.start(ctx); err != nil {
 			return err
 		}
@@ -118,15 +118,12 @@ func (v *upVerb) run(cmd *cobra.Command) error {
 	return err
 }
 
-// running says whether a daemon answers at the socket, or keeps us from
-// asking.
-func running(socket string) bool {
-	c, err := net.Dial("unix", socket)
-	if err != nil {
-		return os.IsPermission(err)
-	}
-	_ = c.Close()
-	return true
+// running says whether a daemon answers at the socket, be it with a refusal. One
+// that was killed a moment ago still takes connections, but answers none.
+func running(ctx context.Context, c *overlay.Client) bool {
+	_, err := c.Status(ctx)
+	answer, ok := errors.AsType[*overlay.Error](err)
+	return err == nil || ok && answer.Kind != overlay.NotRunning
 }
 
 // progressTo shows each step of coming up as a line.

@@ -37,6 +37,8 @@ type control struct {
 	nonce   punch.Nonce
 	servers func() []string
 	verify  func(trust.Hash) error
+	// candidates are the own ones, with the newest tokens.
+	candidates func() []punch.Candidate
 	// onWelcome and onEvent are called in order from one goroutine.
 	onWelcome func(*coord.Welcome, netip.AddrPort, []byte)
 	onEvent   func(coord.Event)
@@ -47,12 +49,11 @@ type control struct {
 	kick   chan struct{}
 	outbox chan coord.Report
 
-	mu         sync.Mutex
-	stream     *coord.Stream
-	local      netip.AddrPort
-	remote     netip.AddrPort
-	candidates []punch.Candidate
-	serial     uint64
+	mu     sync.Mutex
+	stream *coord.Stream
+	local  netip.AddrPort
+	remote netip.AddrPort
+	serial uint64
 }
 
 // run connects, again and again, until ctx ends.
@@ -223,23 +224,16 @@ func (c *control) queue(r coord.Report) error {
 	}
 }
 
-// setCandidates publishes the own candidates.
-func (c *control) setCandidates(list []punch.Candidate) {
-	c.mu.Lock()
-	c.candidates = list
-	c.mu.Unlock()
-	c.publish()
-}
-
 // publish signs and queues the record of this moment.
 func (c *control) publish() {
+	list := c.candidates()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.stream == nil {
 		return
 	}
 	c.serial = max(c.serial+1, uint64(time.Now().UnixMilli()))
-	p, err := newPublish(c.device, c.nonce, c.serial, c.candidates)
+	p, err := newPublish(c.device, c.nonce, c.serial, list)
 	if err == nil {
 		err = c.queue(coord.Report{Publish: p})
 	}

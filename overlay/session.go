@@ -90,8 +90,8 @@ func (s *session) newAgent(m *membership) error {
 		Send:       s.sendUDP,
 		Signal:     s.sendSignal,
 		OnPath:     func(p punch.Path) { s.endpoints.set(p); s.ring() },
-		OnCandidates: func(list []punch.Candidate) {
-			s.control.setCandidates(list)
+		OnCandidates: func([]punch.Candidate) {
+			s.control.publish()
 			s.ring()
 		},
 		Activity:  s.activity,
@@ -118,12 +118,13 @@ func (s *session) newControl(m *membership) {
 			defer s.mu.Unlock()
 			return pinned(s.roster.mesh)(pin)
 		},
-		onWelcome: s.welcome,
-		onEvent:   s.event,
-		onState:   s.connection,
-		log:       s.log,
-		kick:      make(chan struct{}, 1),
-		outbox:    make(chan coord.Report, outboxSize),
+		candidates: s.agent.Candidates,
+		onWelcome:  s.welcome,
+		onEvent:    s.event,
+		onState:    s.connection,
+		log:        s.log,
+		kick:       make(chan struct{}, 1),
+		outbox:     make(chan coord.Report, outboxSize),
 	}
 }
 

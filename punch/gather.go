@@ -1,6 +1,7 @@
 package punch
 
 import (
+	"bytes"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -75,9 +76,12 @@ func (a *Agent) SetServers(list []Server) {
 		s := &server{Server: info}
 		s.Addr = plain(s.Addr)
 		for _, known := range old {
-			if known.Addr == s.Addr {
-				s.mapped, s.token, s.fresh = known.mapped, known.token, known.fresh
-				s.limit = known.limit
+			if known.Addr != s.Addr {
+				continue
+			}
+			s.mapped, s.fresh, s.limit = known.mapped, known.fresh, known.limit
+			if bytes.Equal(known.Username, s.Username) {
+				s.token = known.token // another session's proves nothing in this one
 			}
 		}
 		a.servers = append(a.servers, s)
@@ -219,8 +223,11 @@ func (a *Agent) refresh(now time.Time) {
 func (a *Agent) collect() []Candidate {
 	var hosts, seen []Candidate
 	for _, s := range a.servers {
-		known := slices.ContainsFunc(seen, func(c Candidate) bool { return c.Addr == s.mapped })
-		if probeable(s.mapped) && !known && len(seen) < maxReflexive {
+		known := slices.IndexFunc(seen, func(c Candidate) bool { return c.Addr == s.mapped })
+		switch {
+		case known >= 0 && len(seen[known].Token) == 0:
+			seen[known].Token = s.token
+		case known < 0 && probeable(s.mapped) && len(seen) < maxReflexive:
 			seen = append(seen, Candidate{Addr: s.mapped, Type: ServerReflexive, Token: s.token})
 		}
 	}
@@ -251,9 +258,11 @@ func reflexive(list []Candidate) bool {
 	return slices.ContainsFunc(list, func(c Candidate) bool { return c.Type == ServerReflexive })
 }
 
+// sameCandidates compares addresses, and whether they are proven; a token that
+// takes the place of another is no news.
 func sameCandidates(x, y []Candidate) bool {
 	return slices.EqualFunc(x, y, func(x, y Candidate) bool {
-		return x.Addr == y.Addr && x.Type == y.Type
+		return x.Addr == y.Addr && x.Type == y.Type && (len(x.Token) == 0) == (len(y.Token) == 0)
 	})
 }
 

@@ -99,7 +99,8 @@ type Config struct {
 	Signal func(to Key, sealed []byte) error
 	// OnPath is called at every change of a peer's path, in order.
 	OnPath func(Path)
-	// OnCandidates is called when the own candidates changed.
+	// OnCandidates is called when the own candidates changed, or a token came
+	// where there was none.
 	OnCandidates func([]Candidate)
 	// Activity reports a peer's counters; nil: always zero. It is called without
 	// locks held.

@@ -1,0 +1,34 @@
+package punch
+
+import (
+	"testing"
+	"time"
+)
+
+// A restarted server knows neither the session nor its tokens: the candidates
+// are told again when the new ones are there, though no address changed.
+func TestNewSessionProvesCandidatesAgain(t *testing.T) {
+	inWorld(t, func(w *world) {
+		n := w.gathered(1, "203.0.113.1")
+		rest(time.Second)
+		before := len(n.toldLists())
+		n.SetServers([]Server{{Addr: stunAddr(), Username: []byte{9}, Key: []byte("secret")}})
+		for _, c := range n.Candidates() {
+			if len(c.Token) > 0 {
+				t.Errorf("%v keeps the token of the old session", c.Addr)
+			}
+		}
+		rest(time.Second)
+		lists := n.toldLists()[before:]
+		if len(lists) == 0 {
+			t.Fatal("nothing was told after the new session's answer")
+		}
+		proven := false
+		for _, c := range lists[len(lists)-1] {
+			proven = proven || len(c.Token) > 0
+		}
+		if !proven {
+			t.Errorf("told %v, want a candidate with a token", lists[len(lists)-1])
+		}
+	})
+}

@@ -9,7 +9,7 @@ import (
 // are told again when the new ones are there, though no address changed.
 func TestNewSessionProvesCandidatesAgain(t *testing.T) {
 	inWorld(t, func(w *world) {
-		n := w.gathered(1, "203.0.113.1")
+		n := w.gathered(1, outerA)
 		rest(time.Second)
 		before := len(n.toldLists())
 		n.SetServers([]Server{{Addr: stunAddr(), Username: []byte{9}, Key: []byte("secret")}})

@@ -10,7 +10,10 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"overlay/coord/trust"
 )
@@ -21,6 +24,13 @@ const (
 	addressTimeout = 5 * time.Second  // TCP and TLS of one address
 	headStart      = 250 * time.Millisecond
 	maxAddresses   = 8 // of one host; DNS may answer with any number
+
+	// A router that forgot the connection is noticed by the kernel's probes:
+	// the server answers them with a reset, or nobody does.
+	probeIdle      = 10 * time.Second
+	probeInterval  = 5 * time.Second
+	probeCount     = 2
+	unacknowledged = 10 * time.Second
 )
 
 // Dialer reaches a coordination server. It is safe for concurrent use once its
@@ -218,8 +228,21 @@ func (d *Dialer) dialTCP(ctx context.Context, addr netip.AddrPort) (net.Conn, er
 	if d.connect != nil {
 		return d.connect(ctx, addr)
 	}
-	var dialer net.Dialer
+	dialer := net.Dialer{
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: probeIdle, Interval: probeInterval, Count: probeCount},
+		Control:         boundUnacknowledged,
+	}
 	return dialer.DialContext(ctx, "tcp", addr.String())
+}
+
+// boundUnacknowledged makes the kernel give up a connection whose data nobody
+// acknowledges, which by default takes it a quarter of an hour (RFC 5482).
+func boundUnacknowledged(_, _ string, c syscall.RawConn) error {
+	var err error
+	ctl := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(unacknowledged/time.Millisecond))
+	})
+	return errors.Join(ctl, err)
 }
 
 // config is TLS 1.3 with the standard library's curves (X25519MLKEM768 first).

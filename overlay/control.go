@@ -275,11 +275,18 @@ func globalIPv6(a netip.Addr) bool {
 // or when there was none.
 func (c *control) networkChanged() {
 	c.mu.Lock()
-	s, local, remote := c.stream, c.local, c.remote
+	connected, local, remote := c.stream != nil, c.local, c.remote
 	c.mu.Unlock()
-	if s != nil && sourceFor(remote) == local.Addr() {
-		return
+	if !connected || sourceFor(remote) != local.Addr() {
+		c.reconnect()
 	}
+}
+
+// reconnect drops the connection and makes a new one at once.
+func (c *control) reconnect() {
+	c.mu.Lock()
+	s := c.stream
+	c.mu.Unlock()
 	if s != nil {
 		_ = s.Close()
 	}

@@ -48,6 +48,7 @@ type session struct {
 	mu      sync.Mutex
 	roster  *roster
 	servers map[netip.AddrPort]bool // never probed as peers
+	outside netip.Addr              // own address as the server last saw it
 	dirty   bool                    // the cache on disk is behind
 	online  bool
 	synced  bool          // a whole netmap came since the start
@@ -90,10 +91,7 @@ func (s *session) newAgent(m *membership) error {
 		Send:       s.sendUDP,
 		Signal:     s.sendSignal,
 		OnPath:     func(p punch.Path) { s.endpoints.set(p); s.ring() },
-		OnCandidates: func([]punch.Candidate) {
-			s.control.publish()
-			s.ring()
-		},
+		OnCandidates: s.candidates,
 		Activity:  s.activity,
 		Forbidden: s.forbidden,
 		Log:       s.log,
@@ -331,6 +329,25 @@ func (s *session) signal(g *coord.Signal) {
 	if err := s.agent.HandleSignal(punch.Key(m.cert.WireGuard), g.Data); err != nil {
 		s.log.Debug("signal dropped", "peer", m.cert.Name, "err", err)
 	}
+}
+
+// candidates publishes the own candidates. Another outside address means that
+// the router is another one or forgot everything: the connection to the server
+// went the same way.
+func (s *session) candidates(list []punch.Candidate) {
+	now := reflexive(list).Addr()
+	s.mu.Lock()
+	moved := now.IsValid() && s.outside.IsValid() && now != s.outside
+	if now.IsValid() {
+		s.outside = now
+	}
+	s.mu.Unlock()
+	if moved {
+		s.control.reconnect()
+	} else {
+		s.control.publish()
+	}
+	s.ring()
 }
 
 // connection notes whether the server is reached; nil means that it is.

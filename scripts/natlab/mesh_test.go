@@ -2,6 +2,7 @@ package natlab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -23,6 +24,8 @@ const (
 	commandWait = 30 * time.Second
 	directWait  = 10 * time.Second
 	statusPoll  = 20 * time.Millisecond
+
+	maxShown = 64 << 10
 )
 
 // envBinary names a ready overlay program, so that not every lab compiles one.
@@ -57,29 +60,40 @@ func newMesh(t *testing.T) *mesh {
 		t.Fatal(err)
 	}
 	m.server = mustServer(t, m.Lab, "server")
-	m.startCoord(t)
+	var err error
+	if m.coord, m.owner, err = m.server.StartCoord(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() { m.explain(t) })
 	return m
 }
 
-// explain shows the ends of all logs when the test failed.
+// explain shows the ends of all logs when the test failed, with the stacks of
+// the daemons.
 func (m *mesh) explain(t *testing.T) {
 	if !t.Failed() {
 		return
 	}
 	t.Logf("log of the server:\n%s", m.coord.tail())
 	for _, n := range m.members {
+		if pid, err := n.daemonPID(); err == nil {
+			unix.Kill(pid, unix.SIGQUIT)
+			time.Sleep(time.Second)
+		}
 		text, err := os.ReadFile(n.state() + "/overlay.log")
-		t.Logf("log of %s: %v\n%s", n.nodeName, err, text[max(0, len(text)-4000):])
+		t.Logf("log of %s: %v\n%s", n.nodeName, err, text[max(0, len(text)-maxShown):])
 	}
 }
 
-func (m *mesh) startCoord(t *testing.T) {
+// restartCoord starts the server anew; having an owner it prints nothing.
+func (m *mesh) restartCoord(t *testing.T) {
 	t.Helper()
-	var err error
-	if m.coord, m.owner, err = m.server.StartCoord(t.Context()); err != nil {
+	args := []string{"coord", "--public", m.server.Addr().String()}
+	coord, err := m.server.Start(context.WithoutCancel(t.Context()), nil, programName, args...)
+	if err != nil {
 		t.Fatal(err)
 	}
+	m.coord = coord
 }
 
 // laptopAt puts a laptop into a new home of its own.
@@ -96,10 +110,10 @@ func (m *mesh) join(t *testing.T, h *Host) *member {
 	if len(m.members) > 0 {
 		n.invite = m.members[0].newInvite(t)
 	}
+	m.members = append(m.members, n)
 	if err := n.up(t.Context(), n.invite); err != nil {
 		t.Fatal(err)
 	}
-	m.members = append(m.members, n)
 	st := n.status(t)
 	n.addr = st.Self.IPv4
 	if !st.Self.Online {
@@ -226,23 +240,23 @@ func mustDirect(t *testing.T, a, b *member) {
 }
 
 // daemonPID is the process behind the node's socket.
-func (h *Host) daemonPID(t *testing.T) int {
-	t.Helper()
+func (h *Host) daemonPID() (int, error) {
 	c, err := net.Dial("unix", h.socket())
 	if err != nil {
-		t.Fatal(err)
+		return 0, fmt.Errorf("find the daemon of %s: %w", h.name, err)
 	}
 	defer c.Close()
 	raw, err := c.(*net.UnixConn).SyscallConn()
 	if err != nil {
-		t.Fatal(err)
+		return 0, fmt.Errorf("find the daemon of %s: %w", h.name, err)
 	}
 	var cred *unix.Ucred
 	var credErr error
-	if err := raw.Control(func(fd uintptr) {
+	err = raw.Control(func(fd uintptr) {
 		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil || credErr != nil {
-		t.Fatal(err, credErr)
+	})
+	if err = errors.Join(err, credErr); err != nil {
+		return 0, fmt.Errorf("find the daemon of %s: %w", h.name, err)
 	}
-	return int(cred.Pid)
+	return int(cred.Pid), nil
 }

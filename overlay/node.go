@@ -335,7 +335,7 @@ func (s *session) settle(ctx context.Context, progress func(Progress)) UpResult 
 		progress(Progress{Step: "server", Warn: true, Text: troubleText(trouble) + "; using the saved mesh, will keep trying"})
 	}
 	if online {
-		within(ctx, networkWait, s, func() bool { return reflexive(s.agent.Candidates()).IsValid() })
+		within(ctx, networkWait, s, func() bool { return s.outside.IsValid() })
 		progress(Progress{Step: "network", Text: networkText(s.agent.Candidates())})
 	}
 	within(ctx, peersWait, s, func() bool { return s.waiting() == 0 })

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -40,16 +41,19 @@ type session struct {
 	hash     trust.Hash // of the mesh
 	log      *slog.Logger
 
-	agent     *punch.Agent
-	control   *control
-	dev       atomic.Pointer[tun.Device]
+	agent   *punch.Agent
+	control *control
+	dev     atomic.Pointer[tun.Device]
+	// servers are never probed as peers. Not under mu: the agent asks while it
+	// holds its own lock, and is itself asked with mu held.
+	servers   atomic.Pointer[map[netip.AddrPort]bool]
+	mesh      []netip.Prefix // neither are its own prefixes
 	endpoints *endpoints
 
 	mu      sync.Mutex
 	roster  *roster
-	servers map[netip.AddrPort]bool // never probed as peers
-	outside netip.Addr              // own address as the server last saw it
-	dirty   bool                    // the cache on disk is behind
+	outside netip.Addr // own address as the server last saw it
+	dirty   bool       // the cache on disk is behind
 	online  bool
 	synced  bool          // a whole netmap came since the start
 	trouble error         // why not online; nil before the first attempt
@@ -66,8 +70,9 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 	cert, _ := r.mesh.Device(r.self)
 	s := &session{
 		store: st, keys: k, settings: c, self: cert, own: punch.Key(k.WireGuard.PublicKey()), hash: m.TrustHash,
-		log: cfg.Log, roster: r, servers: map[netip.AddrPort]bool{}, change: make(chan struct{}),
+		log: cfg.Log, roster: r, change: make(chan struct{}),
 	}
+	s.mesh = []netip.Prefix{r.mesh.Genesis().ULA, r.mesh.State().Prefix4}
 	if err := s.newAgent(m); err != nil {
 		return nil, err
 	}
@@ -85,16 +90,16 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 func (s *session) newAgent(m *membership) error {
 	var err error
 	s.agent, err = punch.New(punch.Config{
-		PrivateKey: s.keys.WireGuard,
-		Mesh:       m.TrustHash,
-		Nonces:     s.settings.Nonces,
-		Send:       s.sendUDP,
-		Signal:     s.sendSignal,
-		OnPath:     func(p punch.Path) { s.endpoints.set(p); s.ring() },
+		PrivateKey:   s.keys.WireGuard,
+		Mesh:         m.TrustHash,
+		Nonces:       s.settings.Nonces,
+		Send:         s.sendUDP,
+		Signal:       s.sendSignal,
+		OnPath:       func(p punch.Path) { s.endpoints.set(p); s.ring() },
 		OnCandidates: s.candidates,
-		Activity:  s.activity,
-		Forbidden: s.forbidden,
-		Log:       s.log,
+		Activity:     s.activity,
+		Forbidden:    s.forbidden,
+		Log:          s.log,
 	})
 	if err != nil {
 		return fmt.Errorf("start the punching agent: %w", err)
@@ -154,10 +159,9 @@ func serverList(first string, lists ...[]string) []string {
 // openDevice makes the interface. A mesh prefix that overlaps a local network
 // is not routed: the overlay's IPv6 addresses work all the same.
 func (s *session) openDevice(cfg Config) error {
-	genesis, state := s.roster.mesh.Genesis(), s.roster.mesh.State()
-	routes := []netip.Prefix{genesis.ULA}
-	if len(s.overlaps()) == 0 {
-		routes = append(routes, state.Prefix4)
+	routes := s.mesh
+	if len(s.overlaps()) > 0 {
+		routes = s.mesh[:1]
 	}
 	dev, err := tun.Open(tun.Config{
 		Name:       s.settings.Interface,
@@ -166,7 +170,7 @@ func (s *session) openDevice(cfg Config) error {
 		MTU:        s.settings.MTU,
 		Addrs:      []netip.Prefix{host(s.self.IP4), host(s.self.IP6)},
 		Routes:     routes,
-		Mesh:       []netip.Prefix{genesis.ULA, state.Prefix4},
+		Mesh:       s.mesh,
 		Offloads:   cfg.Offloads,
 		Receive:    s.agent.Receive,
 		Demand:     func(k tun.Key) { s.agent.Demand(punch.Key(k)) },
@@ -215,11 +219,10 @@ func (s *session) activity(k punch.Key) punch.Activity {
 
 // forbidden keeps checks away from the mesh's own prefixes and the server.
 func (s *session) forbidden(a netip.AddrPort) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.servers[a] ||
-		s.roster.mesh.Genesis().ULA.Contains(a.Addr()) ||
-		s.roster.mesh.State().Prefix4.Contains(a.Addr())
+	if servers := s.servers.Load(); servers != nil && (*servers)[a] {
+		return true
+	}
+	return slices.ContainsFunc(s.mesh, func(p netip.Prefix) bool { return p.Contains(a.Addr()) })
 }
 
 // run holds the session together until ctx ends, then takes it down.
@@ -260,15 +263,13 @@ func (s *session) linkChanged() error {
 // welcome starts gathering on the server that was just reached.
 func (s *session) welcome(w *coord.Welcome, server netip.AddrPort, key []byte) {
 	var list []punch.Server
-	s.mu.Lock()
-	clear(s.servers)
-	s.servers[server] = true
+	servers := map[netip.AddrPort]bool{server: true}
 	for _, port := range w.STUN {
 		a := netip.AddrPortFrom(server.Addr(), port)
-		s.servers[a] = true
+		servers[a] = true
 		list = append(list, punch.Server{Addr: a, Username: w.Session, Key: key})
 	}
-	s.mu.Unlock()
+	s.servers.Store(&servers)
 	s.agent.SetServers(list)
 	s.connection(nil)
 	if skew := time.Since(w.Time); skew.Abs() > 5*time.Minute {

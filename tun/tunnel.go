@@ -24,15 +24,15 @@ const (
 // concurrent use; Read has one caller.
 type tunnel struct {
 	wgtun.Device
-	peers  *peers
-	bind   *bind
-	raw    syscall.RawConn
-	reader reader
-	writer writer
-	events chan wgtun.Event
-	ended  chan struct{} // the forwarder of events has ended
-	done   chan struct{} // Close was called
-	once   sync.Once
+	peers      *peers
+	bind       *bind
+	raw        syscall.RawConn
+	reader     reader
+	writer     writer
+	events     chan wgtun.Event
+	forwarding sync.WaitGroup // forward, until the device closes its events
+	done       chan struct{}  // Close was called
+	once       sync.Once
 }
 
 // offloads is what the kernel and the configuration allow.
@@ -62,12 +62,11 @@ func own(dev wgtun.Device, raw syscall.RawConn, o offloads, c Config) *tunnel {
 	n := &tunnel{
 		Device: dev, raw: raw,
 		events: make(chan wgtun.Event, 1),
-		ended:  make(chan struct{}),
 		done:   make(chan struct{}),
 	}
 	n.reader.init(n, o)
 	n.writer.init(n, o, c.switched(offGRO))
-	go n.forward()
+	n.forwarding.Go(n.forward)
 	return n
 }
 
@@ -99,7 +98,6 @@ func setOffloads(raw syscall.RawConn, off bool) (offloads, error) {
 // forward passes events on, but for link-down. It ends when the device closes
 // its channel.
 func (n *tunnel) forward() {
-	defer close(n.ended)
 	defer close(n.events)
 	for e := range n.Device.Events() {
 		if e &^= wgtun.EventDown; e == 0 {
@@ -124,7 +122,7 @@ func (n *tunnel) Close() error {
 	n.once.Do(func() {
 		close(n.done)
 		err = n.Device.Close()
-		<-n.ended
+		n.forwarding.Wait()
 	})
 	return err
 }

@@ -52,8 +52,6 @@ func (w *world) newJoin(device byte) join {
 	}
 }
 
-func (w *world) genesis_() Genesis { return w.Genesis() }
-
 // admit signs a join and admits it.
 func (w *world) admit(j join) error {
 	w.t.Helper()

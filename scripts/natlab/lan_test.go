@@ -3,7 +3,6 @@ package natlab
 import (
 	"fmt"
 	"net/netip"
-	"strings"
 	"testing"
 	"time"
 )
@@ -90,7 +89,8 @@ func TestStatusOfTheProgram(t *testing.T) {
 	if peer.RTTms < 40 || peer.RTTms > 80 {
 		t.Errorf("round trip to b is %v ms", peer.RTTms)
 	}
-	if got := output(t, a.Host, "overlay", "ip", "b"); strings.TrimSpace(got) != b.addr.String() {
-		t.Errorf("overlay ip b says %q, not %s", got, b.addr)
+	want := fmt.Sprintf("%s\n%s\n", peer.IPv4, peer.IPv6)
+	if got := output(t, a.Host, "overlay", "ip", "b"); got != want {
+		t.Errorf("overlay ip b says %q, not %q", got, want)
 	}
 }

@@ -66,12 +66,18 @@ func pingFor(t *testing.T, from, to *member, d time.Duration) {
 }
 
 // restartBoth takes both nodes down and up, and returns when, after the
-// return of the later up, the first ping was answered.
+// return of the later up, the first ping was answered. Every other run their
+// routers forget everything in between.
 func restartBoth(t *testing.T, a, b *member, run int) time.Duration {
 	t.Helper()
 	ctx := t.Context()
 	if err := both(a, b, func(n *member) error { return n.down(ctx) }); err != nil {
 		t.Fatal(err)
+	}
+	if run%2 == 1 {
+		if err := both(a, b, func(n *member) error { return n.home.Reboot(ctx) }); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := both(a, b, func(n *member) error { return n.up(ctx) }); err != nil {
 		t.Fatal(err)

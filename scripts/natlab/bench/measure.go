@@ -127,7 +127,7 @@ func (b *bench) tcp(ctx context.Context, t *tunnel, streams string) (flow, error
 	}
 	got := out.End.SumReceived
 	if got.Bytes <= 0 {
-		return flow{}, errors.New("iperf3 transferred nothing")
+		return flow{}, fmt.Errorf("iperf3 sent %.0f bytes and nothing arrived", out.End.SumSent.Bytes)
 	}
 	used, volume := after.since(before), got.Bytes/gigabyte
 	return flow{
@@ -199,6 +199,7 @@ type iperfResult struct {
 			LostPackets float64 `json:"lost_packets"`
 		} `json:"sum"`
 		SumSent struct {
+			Bytes       float64 `json:"bytes"`
 			Retransmits float64 `json:"retransmits"`
 		} `json:"sum_sent"`
 		SumReceived struct {

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // stateCommands print what a node may change on its machine.
@@ -18,15 +19,21 @@ func stateCommands() []string {
 	return []string{
 		"ip -o link", "ip -o addr", "ip rule", "ip -6 rule",
 		"ip route show table all", "ip -6 route show table all", "nft list ruleset",
-		"ls -A /run/overlay /run/wireguard /var/run/wireguard 2>/dev/null || true",
+		"find /run /var/run ! -type d",
 		"cat /etc/resolv.conf || true",
 	}
 }
 
 // networkState is what a node may change on its machine, as sorted lines
-// without what differs by itself.
+// without what differs by itself. It waits until IPv6 is sure of its
+// addresses, which then appear in the routes.
 func networkState(t *testing.T, h *Host) string {
 	t.Helper()
+	for start := time.Now(); output(t, h, "ip", "-6", "addr", "show", "tentative") != ""; time.Sleep(statusPoll) {
+		if time.Since(start) > directWait {
+			t.Fatalf("IPv6 addresses of %s stay tentative", h.Name())
+		}
+	}
 	var all strings.Builder
 	for _, c := range stateCommands() {
 		lines := strings.Split(output(t, h, "sh", "-c", c), "\n")
@@ -36,17 +43,10 @@ func networkState(t *testing.T, h *Host) string {
 	return unstable().ReplaceAllString(all.String(), "")
 }
 
-// unstable matches interface indices, and what IPv6 says of an address that
-// is not yet known to be its only one.
+// unstable matches interface indices and what says whether a neighbour is
+// there.
 func unstable() *regexp.Regexp {
-	return regexp.MustCompile(`(?m)^[0-9]+: | link-netnsid \d+| tentative| linkdown`)
-}
-
-// sockets are the sockets that are open in the machine's network, without
-// clients of the test.
-func sockets(t *testing.T, h *Host) string {
-	t.Helper()
-	return output(t, h, "ss", "-Hnlutw")
+	return regexp.MustCompile(`(?m)^[0-9]+: | link-netnsid \d+| linkdown`)
 }
 
 // memory is the resident set of a process in bytes.

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
@@ -64,8 +65,8 @@ func killAndUp(t *testing.T, all *figures, cell string, victim, peer *member, ru
 	all.add(cell, whatUp, victim.took)
 	ping.stop(t)
 	mustDirect(t, victim, peer)
-	if after := networkState(t, victim.Host); after != before {
-		t.Errorf("%s, run %d: before:\n%s\nafter:\n%s", cell, run, before, after)
+	if diff := cmp.Diff(before, networkState(t, victim.Host)); diff != "" {
+		t.Errorf("%s, run %d: what crash and up left (-before +after):\n%s", cell, run, diff)
 	}
 	if got := programs(t, victim.Host); len(got) != 1 {
 		t.Errorf("%s, run %d: overlay processes: %v", cell, run, got)

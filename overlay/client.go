@@ -139,7 +139,7 @@ func (c *Client) do(ctx context.Context, method, path string, in any) (io.ReadCl
 func dialError(err error) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fail(NotRunning, "start it: sudo overlay up", "overlay is not running")
+		return fail(NotRunning, "start it: sudo overlay up", "the daemon is not running")
 	case errors.Is(err, fs.ErrPermission):
 		return fail(Permission, "run it with sudo", "the daemon's socket may not be opened")
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -93,8 +94,7 @@ func (n *Node) Up(ctx context.Context, r UpRequest, progress func(Progress)) (Up
 	if err != nil {
 		return UpResult{}, err
 	}
-	founded, err := n.join(ctx, r, c, progress)
-	if err != nil {
+	if err := n.join(ctx, r, c, progress); err != nil {
 		return UpResult{}, err
 	}
 	s, err := n.start(c, progress)
@@ -102,14 +102,24 @@ func (n *Node) Up(ctx context.Context, r UpRequest, progress func(Progress)) (Up
 		return UpResult{}, err
 	}
 	res := s.settle(ctx, progress)
-	if founded && res.Online {
-		reply, err := s.invite(ctx, InviteRequest{})
-		if err != nil {
-			progress(Progress{Step: "invite", Text: "not made: " + err.Error(), Warn: true})
-		}
-		res.Invite = reply.Invite
+	if s.keys.Founding != nil && !s.settings.Announced && res.Online {
+		res.Invite = n.announce(ctx, s, progress)
 	}
 	return res, nil
+}
+
+// announce makes the founder's first invite, once.
+func (n *Node) announce(ctx context.Context, s *session, progress func(Progress)) string {
+	reply, err := s.invite(ctx, InviteRequest{})
+	if err == nil {
+		s.settings.Announced = true
+		err = n.store.save(settingsFile, s.settings)
+	}
+	if err != nil {
+		progress(Progress{Step: "invite", Text: "not made: " + err.Error(), Warn: true})
+		return ""
+	}
+	return reply.Invite
 }
 
 // merge adds the flags of a request to what is saved.
@@ -163,37 +173,36 @@ func plainName(s string) bool {
 	return s != "" && s != "." && s != ".."
 }
 
-// join makes this machine a member, unless it is one. It says whether it
-// founded the mesh.
-func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func(Progress)) (founded bool, err error) {
+// join makes this machine a member, unless it is one.
+func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func(Progress)) error {
 	var m membership
 	joined, err := n.store.load(meshFile, &m)
 	if err != nil {
-		return false, err
+		return err
 	}
 	if joined {
-		return false, sameMesh(&m, r.Invite)
+		return sameMesh(&m, r.Invite)
 	}
 	if r.Invite == "" {
-		return false, errNotJoined()
+		return errNotJoined()
 	}
 	inv, err := parseInvite(r.Invite)
 	if err != nil {
-		return false, err
+		return err
 	}
 	k, err := n.store.loadKeys()
 	if err != nil {
-		return false, err
+		return err
 	}
 	cfg, err := n.joinConfig(inv, k, c)
 	if err != nil {
-		return false, err
+		return err
 	}
 	got, err := coord.Join(ctx, cfg, func(step, detail string) { progress(Progress{Step: step, Text: detail}) })
 	if err != nil {
-		return false, serverError(err, inv.Server)
+		return serverError(err, inv.Server)
 	}
-	return inv.Kind == coord.InviteOwner, n.store.save(meshFile, membership(got))
+	return n.store.save(meshFile, membership(got))
 }
 
 // sameMesh refuses an invite of another mesh; one of the same mesh is not
@@ -336,7 +345,7 @@ func (s *session) settle(ctx context.Context, progress func(Progress)) UpResult 
 	}
 	if online {
 		within(ctx, networkWait, s, func() bool { return s.outside.IsValid() })
-		progress(Progress{Step: "network", Text: networkText(s.agent.Candidates())})
+		progress(Progress{Step: "network", Text: s.networkText()})
 	}
 	within(ctx, peersWait, s, func() bool { return s.waiting() == 0 })
 	progress(Progress{Step: "peers", Text: s.peersText()})
@@ -358,17 +367,16 @@ func reflexive(list []punch.Candidate) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-func networkText(list []punch.Candidate) string {
-	a := reflexive(list)
-	if !a.IsValid() {
+func (s *session) networkText() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !s.outside.IsValid():
 		return "no answer over UDP from the server yet"
+	case slices.ContainsFunc(s.local, func(p netip.Prefix) bool { return p.Addr() == s.outside.Addr() }):
+		return fmt.Sprintf("public address %s", s.outside)
 	}
-	for _, c := range list {
-		if c.Type == punch.Host && c.Addr == a {
-			return fmt.Sprintf("public address %s", a)
-		}
-	}
-	return fmt.Sprintf("behind a NAT, seen as %s", a)
+	return fmt.Sprintf("behind a NAT, seen as %s", s.outside)
 }
 
 // waiting counts the online peers without a path; mu is held.
@@ -457,7 +465,7 @@ func listenLocal(path string) (net.Listener, error) {
 	}
 	if c, err := net.Dial("unix", path); err == nil {
 		_ = c.Close()
-		return nil, fail(Failure, "see: overlay status", "overlay is already running (socket %s)", path)
+		return nil, fail(Failure, "see: overlay status", "the daemon is already running (socket %s)", path)
 	}
 	_ = os.Remove(path)
 	l, err := net.Listen("unix", path)

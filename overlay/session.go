@@ -52,8 +52,9 @@ type session struct {
 
 	mu      sync.Mutex
 	roster  *roster
-	outside netip.Addr // own address as the server last saw it
-	dirty   bool       // the cache on disk is behind
+	outside netip.AddrPort // own address as the server last saw it
+	local   []netip.Prefix // own addresses
+	dirty   bool           // the cache on disk is behind
 	online  bool
 	synced  bool          // a whole netmap came since the start
 	trouble error         // why not online; nil before the first attempt
@@ -255,6 +256,9 @@ func (s *session) linkChanged() error {
 	if err != nil {
 		return fmt.Errorf("list local addresses: %w", err)
 	}
+	s.mu.Lock()
+	s.local = addrs
+	s.mu.Unlock()
 	s.agent.SetLocal(addrs, s.dev.Load().Port())
 	s.control.networkChanged()
 	return nil
@@ -336,9 +340,9 @@ func (s *session) signal(g *coord.Signal) {
 // the router is another one or forgot everything: the connection to the server
 // went the same way.
 func (s *session) candidates(list []punch.Candidate) {
-	now := reflexive(list).Addr()
+	now := reflexive(list)
 	s.mu.Lock()
-	moved := now.IsValid() && s.outside.IsValid() && now != s.outside
+	moved := now.IsValid() && s.outside.IsValid() && now.Addr() != s.outside.Addr()
 	if now.IsValid() {
 		s.outside = now
 	}

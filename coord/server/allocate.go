@@ -54,7 +54,7 @@ func (r *registry) nameTaken(t *txn, name string, holder trust.Key) error {
 	case r.online(holder):
 		state = "online"
 	}
-	return hinted(refuse(coord.CodeNameTaken, "name %q is taken by %v (%s)", name, n.IP4, state), "Use --name with another one.")
+	return hinted(refuse(coord.CodeNameTaken, "name %q is taken by %v (%s)", name, n.IP4, state), "use --name with another one")
 }
 
 // pickAddress gives the lowest free address of the mesh. The cursor, below

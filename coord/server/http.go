@@ -129,7 +129,7 @@ func (s *Server) begin(w http.ResponseWriter, r *http.Request) (call, error) {
 	version, err := strconv.Atoi(r.Header.Get(coord.HeaderVersion))
 	if err != nil || version < coord.Version-1 || version > coord.Version+1 {
 		return call{}, hinted(refuse(coord.CodeVersion, "the coordinator speaks protocol %d, this request protocol %.20q",
-			coord.Version, r.Header.Get(coord.HeaderVersion)), "Update overlay on the older of the two.")
+			coord.Version, r.Header.Get(coord.HeaderVersion)), "update overlay on the older of the two")
 	}
 	c := call{peer: p, r: r, device: trust.Key(key)}
 	limit := int64(coord.MaxAnonymousBody)

@@ -84,7 +84,7 @@ func (r *registry) countersign(t *txn, n nodeRecord, doc trust.Document, now tim
 	_, err = mesh.Admit(n.Cap, out)
 	switch {
 	case errors.Is(err, trust.ErrExpired):
-		return nil, hinted(refuse(coord.CodeInviteExpired, "invite expired before the join was finished"), "Ask %s for a new one.", n.InvitedBy)
+		return nil, hinted(refuse(coord.CodeInviteExpired, "invite expired before the join was finished"), "ask %s for a new one", n.InvitedBy)
 	case errors.Is(err, trust.ErrRevoked):
 		return nil, refuse(coord.CodeRevoked, "%v", err)
 	case err != nil:
@@ -172,7 +172,7 @@ func memberOf(t *txn, device trust.Key) (nodeRecord, error) {
 	case !n.Left.IsZero():
 		return n, refuse(coord.CodeRevoked, "this device left the mesh on %s", n.Left.Format(timeLayout))
 	case !n.member():
-		return n, hinted(refuse(coord.CodeNotMember, "this device is not a member of the mesh"), "Join with an invite: overlay up ovl1_...")
+		return n, hinted(refuse(coord.CodeNotMember, "this device is not a member of the mesh"), "join with an invite: overlay up ovl1_...")
 	}
 	return n, nil
 }

@@ -56,7 +56,7 @@ func asError(err error, log *slog.Logger) *coord.Error {
 	case errors.Is(err, store.ErrFull):
 		log.Error("cannot save", "err", err)
 		return hinted(refuse(coord.CodeStorage, "the coordinator cannot save: %v", store.ErrFull),
-			"Free space on the server, then repeat. Nothing was changed.")
+			"nothing was changed; free space on the server, then repeat")
 	case errors.Is(err, context.Canceled):
 		return refuse(coord.CodeInternal, "the request was given up")
 	}

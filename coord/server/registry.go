@@ -168,7 +168,7 @@ func (r *registry) reserve(ctx context.Context, a applicant) (coord.JoinReply, e
 		mesh, founded := peek[meshRecord](t, keyMesh)
 		if t.err == nil && founded.Revision == 0 {
 			return hinted(refuse(coord.CodeInviteUnknown, "this coordinator has no mesh yet"),
-				"The owner joins first, with the invite that overlay coord prints.")
+				"the owner joins first, with the invite that overlay coord prints")
 		}
 		var found bool
 		if n, found = get[nodeRecord](t, keyNode+text(a.device)); found {
@@ -248,7 +248,7 @@ func (r *registry) openInvite(t *txn, a applicant, now time.Time) (inviteRecord,
 		return invite, trust.InviteCap{}, t.err
 	}
 	if !found {
-		return invite, trust.InviteCap{}, hinted(refuse(coord.CodeInviteUnknown, "this coordinator does not know the invite"), "Ask for a new one.")
+		return invite, trust.InviteCap{}, hinted(refuse(coord.CodeInviteUnknown, "this coordinator does not know the invite"), "ask for a new one")
 	}
 	granted, err := trust.OpenInviteCap(invite.Cap)
 	switch {
@@ -256,7 +256,7 @@ func (r *registry) openInvite(t *txn, a applicant, now time.Time) (inviteRecord,
 		return invite, granted, err
 	case !invite.Withdrawn.IsZero():
 		return invite, granted, hinted(refuse(coord.CodeInviteWithdrawn, "invite was withdrawn by %s", invite.WithdrawnBy),
-			"Ask for a new one.")
+			"ask for a new one")
 	case invite.Used >= int(granted.Uses):
 		_, uses := list[useRecord](t, keyUse+text(a.invite)+"/")
 		last := useRecord{Name: "another device", At: invite.Created}
@@ -277,15 +277,15 @@ func (r *registry) openInvite(t *txn, a applicant, now time.Time) (inviteRecord,
 
 func voidOwnerInvite() error {
 	return hinted(refuse(coord.CodeInviteUnknown, "this owner invite is no longer valid: every start of the coordinator makes a new one"),
-		"Use the one that overlay coord printed last.")
+		"use the one that overlay coord printed last")
 }
 
 func expiredInvite(notAfter, now time.Time, by string) error {
 	return hinted(refuse(coord.CodeInviteExpired, "invite expired %s (%s)", ago(now.Sub(notAfter)), notAfter.UTC().Format(timeLayout)),
-		"Ask %s for a new one.", by)
+		"ask %s for a new one", by)
 }
 
 func usedInvite(name string, at time.Time) error {
 	return hinted(refuse(coord.CodeInviteUsed, "invite was already used by %q on %s", name, at.UTC().Format(timeLayout)),
-		"If that was not you, tell your admin: overlay revoke %s", name)
+		"if that was not you, tell the owner of the mesh; otherwise ask for a new one")
 }

@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strconv"
 	"testing"
 	"testing/synctest"
@@ -105,6 +106,21 @@ func (s spec) direct() bool {
 		return true
 	}
 	return (!a.hard() || b.takesStrangers()) && (!b.hard() || a.takesStrangers())
+}
+
+// moves is how often a settled path may move. Where a fifth of all packets and
+// more is lost, all checks of a path are lost now and then (1 world in 10,000),
+// and a second one that is just as good may take over once.
+func (s spec) moves() int {
+	if s.kinds[0].ipv6 && s.kinds[1].ipv6 && s.loss() >= 0.2 {
+		return 1
+	}
+	return 0
+}
+
+// lost says that a path was given up, not replaced.
+func lost(moves []nattest.Move) bool {
+	return slices.ContainsFunc(moves, func(m nattest.Move) bool { return !m.Path.Addr.IsValid() })
 }
 
 // patience is how long both sides may take to a path.
@@ -218,7 +234,7 @@ func (s spec) expectPath(t *testing.T, a, b *nattest.Node) {
 		stop()
 	}
 	for _, pair := range [][2]*nattest.Node{{a, b}, {b, a}} {
-		if moves := pair[0].Moves(pair[1], settled); len(moves) > 0 {
+		if moves := pair[0].Moves(pair[1], settled); len(moves) > s.moves() || lost(moves) {
 			t.Errorf("%v: the path moved %d times, last to %v", s, len(moves), moves[len(moves)-1].Path.Addr)
 		}
 		least := (1 - s.loss() - 0.15) * float64(busy/interval)

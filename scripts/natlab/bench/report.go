@@ -140,7 +140,7 @@ func (r *results) table(to io.Writer) error {
 	line := func(label, one, two, ratio string) {
 		fmt.Fprintf(&text, "%-28s %12s %12s %8s\n", label, one, two, ratio)
 	}
-	fmt.Fprintf(&text, "\nmedians of %d interleaved pairs, %d s each, MTU %d\n\n", r.Pairs, r.Seconds, r.MTU)
+	fmt.Fprintf(&text, "\nmedians of %d interleaved pairs, %d s each, MTU %d; ratio is the median of the pairs' ratios\n\n", r.Pairs, r.Seconds, r.MTU)
 	line("", first.Name, second.Name, "ratio")
 	for _, row := range rows() {
 		ratio := ""

@@ -286,6 +286,7 @@ func (c *control) networkChanged() {
 func (c *control) reconnect() {
 	c.mu.Lock()
 	s := c.stream
+	c.stream = nil // what is queued now would be lost
 	c.mu.Unlock()
 	if s != nil {
 		_ = s.Close()

@@ -395,6 +395,9 @@ func (s *session) waiting() int {
 func (n *Node) Leave(ctx context.Context) error {
 	n.up.Lock()
 	defer n.up.Unlock()
+	if n.current() != nil {
+		n.endSession() // it would save its netmap again
+	}
 	err := Leave(ctx, n.cfg)
 	n.Down()
 	return err

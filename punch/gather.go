@@ -65,7 +65,9 @@ func (r refresher) next(active bool) time.Time {
 	return r.began.Add(least + time.Duration(r.share*float64(spread)))
 }
 
-// SetServers replaces the STUN servers and asks them at once.
+// SetServers replaces the STUN servers and asks them at once. New servers mean
+// that signals pass again, so peers without a living path are called without
+// regard to back-off: an earlier call may have been lost with the connection.
 func (a *Agent) SetServers(list []Server) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -91,7 +93,18 @@ func (a *Agent) SetServers(list []Server) {
 	}
 	a.startGather(now)
 	a.refresh(now)
+	a.callLost(now)
 	a.notify()
+}
+
+// callLost calls the wanted peers that have no living path.
+func (a *Agent) callLost(now time.Time) {
+	for _, p := range a.peers {
+		if (p.selected == nil || p.selected.suspect) && p.wanted(now) {
+			p.wantCall = true
+			a.queue.set(p, now)
+		}
+	}
 }
 
 func (a *Agent) startGather(now time.Time) {
@@ -209,12 +222,7 @@ func (a *Agent) refresh(now time.Time) {
 		return !slices.ContainsFunc(old, func(o Candidate) bool { return o.Addr == c.Addr })
 	})
 	if added {
-		for _, p := range a.peers {
-			if (p.selected == nil || p.selected.suspect) && p.wanted(now) {
-				p.wantCall = true
-				a.queue.set(p, now)
-			}
-		}
+		a.callLost(now)
 	}
 	a.notify()
 }

@@ -32,3 +32,20 @@ func TestNewSessionProvesCandidatesAgain(t *testing.T) {
 		}
 	})
 }
+
+// A call that went down with the connection to the server is made again as
+// soon as there is a new one, not after the back-off.
+func TestCallsAgainWhenSignalsPassAgain(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := w.gathered(1, outerA), w.gathered(2, outerB)
+		w.setDrop(func(wire) bool { return true })
+		meet(a, b)
+		rest(3 * time.Second)
+		w.setDrop(nil)
+		a.SetServers([]Server{{Addr: stunAddr(), Username: []byte{1}, Key: []byte("secret")}})
+		rest(500 * time.Millisecond)
+		if _, ok := a.Path(b.key); !ok {
+			t.Error("no path half a second after the server is back")
+		}
+	})
+}

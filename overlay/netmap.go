@@ -52,7 +52,10 @@ func newRoster(m *membership, log *slog.Logger) (*roster, error) {
 }
 
 // apply takes in a netmap, whole or a delta, and returns the peers that are
-// gone and those that are new or changed.
+// gone and those that are new or changed. A member goes only by a signed
+// revocation: were the server's word enough, it could give the name and the
+// addresses of one device to another. Whom the server no longer names is
+// offline.
 func (r *roster) apply(m *coord.Netmap, whole bool) (gone []punch.Key, changed []punch.Peer) {
 	if len(m.State) > 0 {
 		if err := r.mesh.UpdateState(m.State); err != nil {
@@ -66,16 +69,19 @@ func (r *roster) apply(m *coord.Netmap, whole bool) (gone []punch.Key, changed [
 			r.log.Warn("revocation refused", "err", err)
 		}
 	}
-	removed := append(r.dropped(), m.Removed...)
-	if whole {
-		removed = append(removed, r.missing(m.Nodes)...)
-	}
-	for _, d := range removed {
-		if old := r.members[d]; old != nil {
-			gone = append(gone, punch.Key(old.cert.WireGuard))
-		}
-		r.mesh.Remove(d)
+	for _, d := range r.dropped() {
+		gone = append(gone, punch.Key(r.members[d].cert.WireGuard))
 		delete(r.members, d)
+	}
+	silent := m.Removed
+	if whole {
+		silent = append(r.missing(m.Nodes), m.Removed...)
+	}
+	for _, d := range silent {
+		if old := r.members[d]; old != nil && old.node.Online {
+			old.node.Online = false
+			changed = append(changed, old.punchPeer())
+		}
 	}
 	for _, n := range m.Nodes {
 		if r.admit(n) {
@@ -112,13 +118,13 @@ func (r *roster) missing(nodes []coord.Node) []trust.Key {
 	for _, n := range nodes {
 		listed[n.Device] = true
 	}
-	var gone []trust.Key
+	var silent []trust.Key
 	for d := range r.members {
 		if !listed[d] {
-			gone = append(gone, d)
+			silent = append(silent, d)
 		}
 	}
-	return gone
+	return silent
 }
 
 // admit verifies one node and says whether it is a member to configure.
@@ -140,26 +146,28 @@ func (r *roster) admit(n coord.Node) bool {
 		m = &member{order: r.count}
 		r.members[n.Device] = m
 	}
+	known := m.node.Record
 	m.node, m.cert = n, cert
-	m.record = r.newerRecord(m.record, n)
+	if rec, ok := r.newerRecord(m.record, n); ok {
+		m.record = rec
+	} else {
+		m.node.Record = known // for the cache: a server that restarted has none
+	}
 	return true
 }
 
-// newerRecord keeps the record with the highest serial; the server may be
-// behind or replay.
-func (r *roster) newerRecord(old trust.Record, n coord.Node) trust.Record {
+// newerRecord gives a node's record unless a newer one is known; the server may
+// be behind or replay.
+func (r *roster) newerRecord(known trust.Record, n coord.Node) (trust.Record, bool) {
 	if len(n.Record) == 0 {
-		return old
+		return trust.Record{}, false
 	}
 	rec, err := trust.OpenRecord(n.Record)
 	if err != nil || rec.Device != n.Device {
 		r.log.Warn("node record refused", "device", n.Device, "err", err)
-		return old
+		return trust.Record{}, false
 	}
-	if rec.Serial < old.Serial {
-		return old
-	}
-	return rec
+	return rec, rec.Serial >= known.Serial
 }
 
 // peers is what the data plane is to be configured with.

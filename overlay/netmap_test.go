@@ -141,18 +141,38 @@ func TestRosterRefusesStolenAddressAndName(t *testing.T) {
 	}
 }
 
-func TestRosterWholeNetmapDropsMissing(t *testing.T) {
+// Whom the server no longer names is offline, but stays a member: else the
+// server could give bob's name and address to a device of its choice.
+func TestServerAloneRemovesNobody(t *testing.T) {
 	m := newTestMesh(t)
 	self, bob, carol := m.node("alice", m.signer), m.node("bob", m.signer), m.node("carol", m.signer)
+	m.nextIP = bob.cert.IP4
+	thief := m.node("thief", m.signer) // bob's IPv4
+	double := m.node("bob", m.signer)  // bob's name
+	m.nextIP = self.cert.IP4
+	twin := m.node("alice-2", m.signer) // our own IPv4
 	r := m.roster(self)
 	r.apply(&coord.Netmap{Nodes: []coord.Node{bob.node, carol.node}}, true)
-	gone, _ := r.apply(&coord.Netmap{Nodes: []coord.Node{carol.node}}, true)
-	if len(gone) != 1 || gone[0] != punch.Key(bob.w.PublicKey()) {
-		t.Fatalf("gone %v, want bob", gone)
+	for _, step := range []struct {
+		says  coord.Netmap
+		whole bool
+	}{
+		{coord.Netmap{Nodes: []coord.Node{carol.node}}, true},
+		{coord.Netmap{Removed: []trust.Key{bob.cert.Device, self.cert.Device}}, false},
+		{coord.Netmap{Nodes: []coord.Node{thief.node, double.node, twin.node}}, false},
+	} {
+		if gone, _ := r.apply(&step.says, step.whole); len(gone) != 0 {
+			t.Fatalf("gone %v after %+v", gone, step.says)
+		}
+		if x := r.members[bob.cert.Device]; x == nil || x.node.Online {
+			t.Fatalf("bob is %+v after %+v, want offline", x, step.says)
+		}
 	}
-	gone, _ = r.apply(&coord.Netmap{Removed: []trust.Key{carol.cert.Device}}, false)
-	if len(gone) != 1 || len(r.members) != 0 {
-		t.Fatalf("gone %v, %d left, want carol gone", gone, len(r.members))
+	if got := names(r); !slices.Equal(got, []string{"bob", "carol"}) {
+		t.Fatalf("members %v", got)
+	}
+	if _, changed := r.apply(&coord.Netmap{Nodes: []coord.Node{bob.node}}, false); len(changed) != 1 || !changed[0].Online {
+		t.Fatalf("changed %+v, want bob online again", changed)
 	}
 }
 
@@ -199,6 +219,11 @@ func TestRosterKeepsNewestRecord(t *testing.T) {
 		r.apply(&coord.Netmap{Nodes: []coord.Node{n}}, false)
 		if got := r.members[bob.cert.Device].record.Nonce[0]; got != step.want {
 			t.Fatalf("record %d, want %d", got, step.want)
+		}
+		again := m.roster(self)
+		again.apply(&coord.Netmap{Nodes: r.snapshot().Nodes}, true)
+		if got := again.members[bob.cert.Device].record.Nonce[0]; got != step.want {
+			t.Fatalf("record %d after a restart from the cache, want %d", got, step.want)
 		}
 	}
 }

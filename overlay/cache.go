@@ -15,12 +15,7 @@ const cacheEvery = 2 * time.Second
 // loadCache brings up what was known last, so that tunnels come back with the
 // server down. Everything in it is verified again.
 func (s *session) loadCache() {
-	var c cache
-	ok, err := s.store.load(netmapFile, &c)
-	if err != nil {
-		s.log.Warn("cached netmap not used", "err", err)
-		return
-	}
+	c, ok := s.readCache()
 	if !ok {
 		return
 	}
@@ -38,6 +33,19 @@ func (s *session) loadCache() {
 	s.configure(list, nil, changed)
 }
 
+// readCache gives what an earlier run saved.
+func (s *session) readCache() (c cache, ok bool) {
+	ok, err := s.store.load(netmapFile, &c)
+	if err != nil {
+		s.log.Warn("cached netmap not used", "err", err)
+		return cache{}, false
+	}
+	if ok {
+		s.control.resumeSerial(c.Serial)
+	}
+	return c, ok
+}
+
 // keepCache writes the netmap down when it changed.
 func (s *session) keepCache(ctx context.Context) error {
 	t := time.NewTicker(cacheEvery)
@@ -53,13 +61,15 @@ func (s *session) keepCache(ctx context.Context) error {
 }
 
 func (s *session) saveCache() {
+	serial := s.control.published()
 	s.mu.Lock()
-	if !s.dirty {
+	if !s.dirty && serial == s.saved {
 		s.mu.Unlock()
 		return
 	}
-	s.dirty = false
+	s.dirty, s.saved = false, serial
 	c := s.roster.snapshot()
+	c.Serial = serial
 	c.Paths = map[string]punch.Candidate{}
 	for _, m := range s.roster.members {
 		k := punch.Key(m.cert.WireGuard)

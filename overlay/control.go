@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -20,7 +21,7 @@ import (
 
 var errNoServer = errors.New("not connected to the coordination server")
 
-// outboxSize bounds the frames that wait for the stream; more are refused.
+// outboxSize bounds the signals that wait for the stream; more are refused.
 const outboxSize = 128
 
 // Waits between attempts to reach the server.
@@ -47,6 +48,7 @@ type control struct {
 	log     *slog.Logger
 
 	kick   chan struct{}
+	stale  chan struct{} // the record is to be published anew; never lost
 	outbox chan coord.Report
 
 	mu     sync.Mutex
@@ -157,6 +159,10 @@ func (c *control) attach(s *coord.Stream, conn *coord.Conn) {
 	for len(c.outbox) > 0 {
 		<-c.outbox // frames of the old connection
 	}
+	select {
+	case <-c.stale: // the Welcome asks for it again
+	default:
+	}
 }
 
 func (c *control) detach() {
@@ -186,60 +192,79 @@ func (c *control) receive(s *coord.Stream, remote netip.AddrPort, resume *string
 
 func (c *control) send(ctx context.Context, s *coord.Stream) error {
 	for {
+		var err error
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-c.stale:
+			err = c.sendRecord(s)
 		case r := <-c.outbox:
-			if err := c.sendOne(s, r); err != nil {
-				return err
-			}
+			err = s.Signal(*r.Signal)
+		}
+		if err != nil {
+			return err
 		}
 	}
 }
 
-func (c *control) sendOne(s *coord.Stream, r coord.Report) error {
-	if r.Publish != nil {
-		return s.Publish(*r.Publish)
+func (c *control) sendRecord(s *coord.Stream) error {
+	p, err := c.record()
+	if err != nil {
+		c.log.Warn("record not published", "err", err)
+		return nil
 	}
-	return s.Signal(*r.Signal)
+	return s.Publish(*p)
 }
 
 // signal queues a sealed message; it never blocks.
 func (c *control) signal(to trust.Key, data []byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.queue(coord.Report{Signal: &coord.Signal{Peer: to, Data: data}})
-}
-
-// queue is called with mu held.
-func (c *control) queue(r coord.Report) error {
 	if c.stream == nil {
 		return errNoServer
 	}
 	select {
-	case c.outbox <- r:
+	case c.outbox <- coord.Report{Signal: &coord.Signal{Peer: to, Data: data}}:
 		return nil
 	default:
 		return errNoServer
 	}
 }
 
-// publish signs and queues the record of this moment.
+// publish has the record of the next moment signed and sent; it never blocks.
 func (c *control) publish() {
+	select {
+	case c.stale <- struct{}{}:
+	default: // it will be
+	}
+}
+
+// record signs the record of this moment. Its serial is the time, but never
+// below one that was given out: peers refuse lower ones for ever, and clocks
+// are set back.
+func (c *control) record() (*coord.Publish, error) {
 	list := c.candidates()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.stream == nil {
-		return
-	}
 	c.serial = max(c.serial+1, uint64(time.Now().UnixMilli()))
-	p, err := newPublish(c.device, c.nonce, c.serial, list)
-	if err == nil {
-		err = c.queue(coord.Report{Publish: p})
-	}
-	if err != nil {
-		c.log.Warn("record not published", "err", err)
-	}
+	return newPublish(c.device, c.nonce, c.serial, list)
+}
+
+// published is the serial of the last record, 0 before the first.
+func (c *control) published() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.serial
+}
+
+// serialGap is more than the serials that a crash can keep out of the cache.
+const serialGap = 10_000
+
+// resumeSerial goes on after the serial that an earlier run saved.
+func (c *control) resumeSerial(saved uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.serial = max(c.serial, min(saved, math.MaxUint64/2)+serialGap)
 }
 
 // newPublish makes the signed record of what may be published: server-reflexive

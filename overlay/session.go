@@ -55,6 +55,7 @@ type session struct {
 	outside netip.AddrPort // own address as the server last saw it
 	local   []netip.Prefix // own addresses
 	dirty   bool           // the cache on disk is behind
+	saved   uint64         // serial of the record in the cache on disk
 	online  bool
 	synced  bool          // a whole netmap came since the start
 	trouble error         // why not online; nil before the first attempt
@@ -128,6 +129,7 @@ func (s *session) newControl(m *membership) {
 		onState:    s.connection,
 		log:        s.log,
 		kick:       make(chan struct{}, 1),
+		stale:      make(chan struct{}, 1),
 		outbox:     make(chan coord.Report, outboxSize),
 	}
 }

@@ -66,7 +66,8 @@ type cache struct {
 	State       trust.Document             `json:"state,omitempty"`
 	Revocations []trust.Document           `json:"revocations,omitempty"`
 	Nodes       []coord.Node               `json:"nodes"`
-	Paths       map[string]punch.Candidate `json:"paths"` // by WireGuard key
+	Paths       map[string]punch.Candidate `json:"paths"`            // by WireGuard key
+	Serial      uint64                     `json:"serial,omitempty"` // of the own record that was published last
 }
 
 // store is the state directory.

@@ -1,0 +1,87 @@
+package overlay
+
+import (
+	"log/slog"
+	"slices"
+	"testing"
+	"time"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+	"overlay/punch"
+)
+
+func newTestControl(t *testing.T) *control {
+	return &control{
+		device:     newKey(t),
+		candidates: func() []punch.Candidate { return nil },
+		log:        slog.New(slog.DiscardHandler),
+		stale:      make(chan struct{}, 1),
+		outbox:     make(chan coord.Report, outboxSize),
+	}
+}
+
+func serialOf(t *testing.T, c *control) uint64 {
+	t.Helper()
+	p := must[*coord.Publish](t)(c.record())
+	return must[trust.Record](t)(trust.OpenRecord(p.Record)).Serial
+}
+
+// Peers keep the record with the highest serial, so one from a clock that was
+// years ahead must not silence the device once the clock is right.
+func TestRecordSerialSurvivesAClockSetBack(t *testing.T) {
+	m := newTestMesh(t)
+	self := m.node("alice", m.signer)
+	ahead := uint64(time.Now().AddDate(10, 0, 0).UnixMilli())
+	open := func(dir string) *session {
+		return &session{
+			store: store{dir}, roster: m.roster(self), control: newTestControl(t),
+			endpoints: newEndpoints(nil, slog.Default()), log: slog.New(slog.DiscardHandler),
+		}
+	}
+	dir := t.TempDir()
+	before := open(dir)
+	before.control.resumeSerial(ahead)
+	last := serialOf(t, before.control)
+	if last <= ahead {
+		t.Fatalf("serial %d after %d", last, ahead)
+	}
+	before.saveCache()
+
+	after := open(dir)
+	if _, ok := after.readCache(); !ok {
+		t.Fatal("the serial alone was not worth a cache")
+	}
+	got := []uint64{serialOf(t, after.control), serialOf(t, after.control)}
+	if got[0] <= last || got[1] <= got[0] {
+		t.Fatalf("serials %v after %d, want rising ones", got, last)
+	}
+}
+
+func TestRecordSerialIsTheTime(t *testing.T) {
+	c := newTestControl(t)
+	start := uint64(time.Now().UnixMilli())
+	if got := serialOf(t, c); got < start || got > uint64(time.Now().UnixMilli()) {
+		t.Fatalf("serial %d is not the time, %d", got, start)
+	}
+}
+
+// Signals are dropped when the connection is slow; the record never is.
+func TestFullOutboxKeepsTheRecord(t *testing.T) {
+	c := newTestControl(t)
+	c.stream = new(coord.Stream)
+	var refused []int
+	for i := range outboxSize + 2 {
+		if c.signal(trust.Key{1}, nil) != nil {
+			refused = append(refused, i)
+		}
+	}
+	if want := []int{outboxSize, outboxSize + 1}; !slices.Equal(refused, want) {
+		t.Fatalf("refused %v, want %v", refused, want)
+	}
+	c.publish()
+	c.publish()
+	if len(c.stale) != 1 {
+		t.Fatal("the record is not to be published")
+	}
+}

@@ -276,6 +276,9 @@ func (s *session) welcome(w *coord.Welcome, server netip.AddrPort, key []byte) {
 		list = append(list, punch.Server{Addr: a, Username: w.Session, Key: key})
 	}
 	s.servers.Store(&servers)
+	s.mu.Lock()
+	s.outside = netip.AddrPort{} // the first answer to this session is no reason to leave it
+	s.mu.Unlock()
 	s.agent.SetServers(list)
 	s.connection(nil)
 	if skew := time.Since(w.Time); skew.Abs() > 5*time.Minute {

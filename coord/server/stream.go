@@ -187,7 +187,7 @@ func (h *hub) signal(from trust.Key, s coord.Signal) {
 	if !sender.signals.AllowN(h.now(), 1) {
 		return
 	}
-	receiver.stream.send(single(coord.Event{Signal: &coord.Signal{Peer: from, Data: s.Data}}))
+	receiver.stream.offer(single(coord.Event{Signal: &coord.Signal{Peer: from, Data: s.Data}}))
 }
 
 // read takes reports until the connection fails or the node says nonsense.
@@ -254,6 +254,17 @@ func (s *stream) send(frames ...*frame) {
 	if len(s.queue) > 0 && !s.busy {
 		s.busy = true
 		s.group.Go(func() error { s.drain(); return nil })
+	}
+}
+
+// offer queues a frame that may be lost. It takes half of the queue at most, so
+// that no flood of signals gets a slow receiver disconnected.
+func (s *stream) offer(f *frame) {
+	s.mu.Lock()
+	crowded := len(s.queue) >= maxQueue/2
+	s.mu.Unlock()
+	if !crowded {
+		s.send(f)
 	}
 }
 

@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -203,6 +204,32 @@ func TestSignalLimits(t *testing.T) {
 		}
 		if n := countSignals(b); n != signalBurst+signalRate {
 			t.Errorf("%d signals after a second", n)
+		}
+	})
+}
+
+// Members that flood a slow receiver together do not get it disconnected.
+func TestSignalFloodOnSlowReceiver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, _, _ := twoMembers(t)
+		slow := newNode(t)
+		h.addMember(public(slow.device))
+		near, far := net.Pipe()
+		defer func() { _ = far.Close() }()
+		if !h.attach(&stream{device: public(slow.device), conn: near}, coord.Welcome{}, "") {
+			t.Fatal("not attached")
+		}
+		synctest.Wait() // the first frames are being written
+		for range 2 * maxQueue / signalBurst {
+			sender := newNode(t)
+			h.addMember(public(sender.device))
+			for range signalBurst {
+				h.signal(public(sender.device), coord.Signal{Peer: public(slow.device), Data: []byte("x")})
+			}
+		}
+		b := make([]byte, 1)
+		if _, err := far.Read(b); err != nil {
+			t.Errorf("the receiver was disconnected: %v", err)
 		}
 	})
 }

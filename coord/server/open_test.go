@@ -122,6 +122,28 @@ func TestServerKeyFile(t *testing.T) {
 	}
 }
 
+// A new key for an old mesh would be one that every node takes for an attack.
+func TestLostServerKey(t *testing.T) {
+	dir := t.TempDir()
+	s := start(t, dir)
+	found(t, s)
+	s.stop()
+	path := filepath.Join(dir, keyFile)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Open(Config{Listen: "127.0.0.1:0", STUN: "127.0.0.1:0", StateDir: dir})
+	if err == nil {
+		_ = again.Close()
+	}
+	if err == nil || !strings.Contains(err.Error(), path+" is missing") {
+		t.Error(err)
+	}
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Error("a new key was made:", err)
+	}
+}
+
 func TestPublicAddress(t *testing.T) {
 	everywhere := &net.TCPAddr{IP: net.IPv6unspecified, Port: 8443}
 	for _, c := range []struct {

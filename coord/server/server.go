@@ -14,6 +14,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -124,7 +125,7 @@ func (s *Server) open(c Config) error {
 	if err != nil {
 		return err
 	}
-	if s.key, err = loadKey(filepath.Join(c.StateDir, keyFile)); err != nil {
+	if err := s.loadKey(filepath.Join(c.StateDir, keyFile)); err != nil {
 		return err
 	}
 	if err := s.listen(c); err != nil {
@@ -134,6 +135,19 @@ func (s *Server) open(c Config) error {
 		return err
 	}
 	return s.assemble(c)
+}
+
+// loadKey makes the key only where no node knows one yet.
+func (s *Server) loadKey(path string) error {
+	t := &txn{ctx: context.Background(), store: s.store}
+	if _, founded := get[meshRecord](t, keyMesh); founded {
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%s is missing, but nodes know the server by this key. Restore it from a backup, or begin a new mesh with another --state DIR", path)
+		}
+	}
+	var err error
+	s.key, err = loadKey(path)
+	return errors.Join(t.err, err)
 }
 
 func (s *Server) assemble(c Config) error {

@@ -15,6 +15,10 @@ import (
 // pickName gives the name a device gets: the invite's if it forces one, the
 // wished one if it is free, else the wished one with a number.
 func (r *registry) pickName(t *txn, a applicant, granted trust.InviteCap) (string, error) {
+	if granted.Name != "" && a.exact && a.name != granted.Name {
+		return "", hinted(refuse(coord.CodeBadRequest, "this invite is for the name %q, not for %.80q", granted.Name, a.name),
+			"leave out --name, or ask for another invite")
+	}
 	wish, exact := cmp.Or(granted.Name, a.name), a.exact || granted.Name != ""
 	if err := trust.ValidName(wish); err != nil {
 		return "", hinted(refuse(coord.CodeBadRequest, "%v", err), "Suggested: %s", trust.NormalizeName(wish))

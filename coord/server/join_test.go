@@ -232,6 +232,11 @@ func TestJoinRefusals(t *testing.T) {
 			t.Errorf("%s: %v (%s); want %s with %q", c.name, err, codeOf(err), c.code, c.text)
 		}
 	}
+	refused := applicantOf(newNode(t), forced, "eve")
+	refused.exact = true
+	if _, err := s.registry.reserve(t.Context(), refused); codeOf(err) != coord.CodeBadRequest || !strings.Contains(err.Error(), `for the name "bob", not for "eve"`) {
+		t.Error("forced name, another wish:", err)
+	}
 	exact := applicantOf(newNode(t), open, "bob")
 	exact.exact = true
 	_, err := s.registry.reserve(t.Context(), exact)
@@ -363,6 +368,45 @@ func TestStartOver(t *testing.T) {
 	}
 	if err := newNode(t).join(t, i, "carl"); err != nil {
 		t.Error("the invite given up is not free:", err)
+	}
+}
+
+// Who tries again under another name gets it, unless he is a member already.
+func TestAnotherNameAtTheSecondTry(t *testing.T) {
+	s := start(t, t.TempDir())
+	o := found(t, s)
+	n := newNode(t)
+	a := applicantOf(n, o.invite(t, nil), "bob")
+	if _, err := s.registry.reserve(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	a.name, a.exact = "carl", true
+	if reply, err := s.registry.reserve(t.Context(), a); err != nil || reply.Name != "carl" {
+		t.Fatalf("%+v, %v", reply, err)
+	}
+	b := o.joined(t, "bob")
+	a = applicant{device: public(b.device), invite: b.cert(t).Invite, wireguard: wireguardOf(b), name: "dora", exact: true}
+	_, err := s.registry.reserve(t.Context(), a)
+	if codeOf(err) != coord.CodeBadRequest || !strings.Contains(err.Error(), `already a member as "bob"`) {
+		t.Error(err)
+	}
+}
+
+// An invite that the server would refuse to everybody is refused to its maker.
+func TestInviteByAWrongClock(t *testing.T) {
+	s := start(t, t.TempDir())
+	o := found(t, s)
+	for name, shift := range map[string]time.Duration{"ahead": 24 * time.Hour, "behind": -24 * time.Hour} {
+		_, doc := o.capability(t, o.signer, func(c *trust.InviteCap) {
+			c.NotBefore, c.NotAfter = c.NotBefore.Add(shift), c.NotAfter.Add(shift)
+		})
+		err := o.dial(t, o.server).Invite(t.Context(), coord.InviteRequest{Cap: doc})
+		if codeOf(err) != coord.CodeBadRequest || !strings.Contains(err.Error(), "the coordinator's clock says") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if list, err := o.dial(t, o.server).Invites(t.Context()); err != nil || len(list.Invites) != 1 {
+		t.Errorf("%+v, %v", list, err)
 	}
 }
 

@@ -205,8 +205,10 @@ func (r *registry) invite(ctx context.Context, device trust.Key, doc trust.Docum
 			return r.notSigner(t)
 		}
 		now := r.now().UTC()
-		if !now.Before(granted.NotAfter) {
-			return expiredInvite(granted.NotAfter, now, by.Name)
+		if !now.Before(granted.NotAfter) || now.Before(granted.NotBefore) {
+			return hinted(refuse(coord.CodeBadRequest, "invite is valid from %s to %s, but the coordinator's clock says %s",
+				granted.NotBefore.Format(timeLayout), granted.NotAfter.Format(timeLayout), now.Format(timeLayout)),
+				"set the clock of this machine or of the coordinator, then repeat")
 		}
 		key := keyInvite + text(granted.Invite)
 		if old, found := get[inviteRecord](t, key); found {

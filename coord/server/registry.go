@@ -182,8 +182,8 @@ func (r *registry) reserve(ctx context.Context, a applicant) (coord.JoinReply, e
 	return coord.JoinReply{Cap: n.Cap, Name: n.Name, IP4: n.IP4}, err
 }
 
-// startOver frees what the device reserved with another invite or key and never
-// finished.
+// startOver frees what the device reserved with another invite, key or name and
+// never finished.
 func startOver(t *txn, a applicant) error {
 	old, found := get[nodeRecord](t, keyNode+text(a.device))
 	if !found {
@@ -200,14 +200,18 @@ func startOver(t *txn, a applicant) error {
 // refuses one that cannot get anything else.
 func answers(old nodeRecord, a applicant) (bool, error) {
 	same := old.Invite == a.invite && old.WireGuard == a.wireguard
+	other := a.exact && a.name != old.Name
 	switch {
 	case !old.Left.IsZero():
 		return false, hinted(refuse(coord.CodeRevoked, "this device left the mesh on %s", old.Left.Format(timeLayout)),
 			"To join again, first on this machine: overlay leave")
 	case old.member() && !same:
 		return false, refuse(coord.CodeBadRequest, "this device is already a member as %q (%v)", old.Name, old.IP4)
+	case old.member() && other:
+		return false, hinted(refuse(coord.CodeBadRequest, "this device is already a member as %q (%v)", old.Name, old.IP4),
+			"leave out --name, or use --name %s", old.Name)
 	}
-	return same, nil
+	return same && !other, nil
 }
 
 // reserveNew makes the reservation of a device that has none.

@@ -31,6 +31,7 @@ type Home struct {
 	mu      sync.Mutex
 	wan     netip.Addr
 	laptops int
+	leases  map[string]netip.Prefix // by laptop
 }
 
 // Home attaches a home to the Internet: a router of the given kind with one
@@ -51,7 +52,7 @@ func (l *Lab) Home(ctx context.Context, name string, nat NAT) (*Home, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Home{node: n, lab: l, nat: nat, port: l.nextPort()}
+	h := &Home{node: n, lab: l, nat: nat, port: l.nextPort(), leases: map[string]netip.Prefix{}}
 	h.lan = lanPrefix(nat, index)
 	h.wan = netip.AddrFrom4([4]byte{203, 0, 113, byte(index)})
 	if err := h.setUp(ctx, rules); err != nil {
@@ -108,7 +109,7 @@ func (h *Home) load(ctx context.Context, rules string) error {
 
 // Laptop puts a new host into the home's LAN.
 func (h *Home) Laptop(ctx context.Context, name string) (*Host, error) {
-	addr, err := h.lease()
+	addr, err := h.lease(name, false)
 	if err != nil {
 		return nil, err
 	}
@@ -133,10 +134,14 @@ func (h *Home) Laptop(ctx context.Context, name string) (*Host, error) {
 	return host, nil
 }
 
-// lease hands out the next address of the LAN.
-func (h *Home) lease() (netip.Prefix, error) {
+// lease gives a laptop its address in the LAN: the one it had when it was here
+// before, as home routers do, unless it is to be another.
+func (h *Home) lease(laptop string, another bool) (netip.Prefix, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if addr, ok := h.leases[laptop]; ok && !another {
+		return addr, nil
+	}
 	most := maxLaptops
 	if h.nat == Public {
 		most = maxPublicLaptop
@@ -147,7 +152,8 @@ func (h *Home) lease() (netip.Prefix, error) {
 	host := h.lan.Addr().As4()
 	host[3] += byte(firstLaptop + h.laptops)
 	h.laptops++
-	return netip.PrefixFrom(netip.AddrFrom4(host), h.lan.Bits()), nil
+	h.leases[laptop] = netip.PrefixFrom(netip.AddrFrom4(host), h.lan.Bits())
+	return h.leases[laptop], nil
 }
 
 func (h *Home) router() netip.Addr { return h.lan.Addr().Next() }

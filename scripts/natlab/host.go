@@ -128,14 +128,15 @@ func (h *Host) SetLink(ctx context.Context, up bool) error {
 }
 
 // MoveTo carries a laptop into another home: the cable changes, eth0 loses its
-// carrier for a moment and gets that home's address and default route.
+// carrier for a moment and gets an address and the default route of that home,
+// the same address as when it was there before.
 func (h *Host) MoveTo(ctx context.Context, to *Home) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.home == nil {
 		return fmt.Errorf("move %s: it is not a laptop in a home", h.name)
 	}
-	addr, err := to.lease()
+	addr, err := to.lease(h.name, false)
 	if err != nil {
 		return err
 	}

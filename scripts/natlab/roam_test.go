@@ -19,16 +19,16 @@ const (
 	whatGap = "longest gap"
 )
 
-// roamer is a laptop whose network changes while pings run between it and a
-// peer.
+// roamer is a laptop a whose network changes while it pings a peer b or, in
+// runs with an odd number, the peer pings it.
 type roamer struct {
 	all  *figures
 	a, b *member
 	run  int
 }
 
-// during runs an event in the middle of ten pings a second, and returns the
-// longest gap between replies. Every other run it is the peer that pings.
+// during runs an event in the middle of ten pings a second, and returns all
+// pings.
 func (r *roamer) during(t *testing.T, cell string, event func(context.Context) error) []echo {
 	t.Helper()
 	mustDirect(t, r.a, r.b)
@@ -36,7 +36,6 @@ func (r *roamer) during(t *testing.T, cell string, event func(context.Context) e
 	if r.run%2 == 1 {
 		from, to = to, from
 	}
-	r.run++
 	ping := startPing(t, from.Host, to.addr, slowPing)
 	if _, err := ping.firstReply(directWait); err != nil {
 		t.Fatalf("%s: before the event: %v", cell, err)
@@ -55,7 +54,7 @@ func (r *roamer) during(t *testing.T, cell string, event func(context.Context) e
 func (r *roamer) gap(t *testing.T, cell string, event func(context.Context) error) {
 	t.Helper()
 	gap := longestGap(r.during(t, cell, event))
-	t.Logf("%s: gap %v", cell, gap)
+	t.Logf("%s, run %d: gap %v", cell, r.run, gap)
 	r.all.add(cell, whatGap, gap)
 }
 
@@ -81,8 +80,9 @@ func roamTo(t *testing.T, all *figures, peer NAT) {
 	for _, kind := range kinds() {
 		homes[kind] = mustHome(t, m.Lab, "to-"+string(kind), kind)
 	}
-	for range runs(1, 5) {
-		for _, kind := range kinds() {
+	for i := range runs(1, 5) {
+		for k, kind := range kinds() {
+			r.run = i + k
 			cell := fmt.Sprintf("to %s, peer %s", kind, peer)
 			r.gap(t, cell, func(ctx context.Context) error { return a.MoveTo(ctx, homes[kind]) })
 		}
@@ -94,7 +94,7 @@ func TestAddressReplaced(t *testing.T) {
 	var all figures
 	_, a, b := pair(t, Masquerade, Masquerade)
 	r := &roamer{all: &all, a: a, b: b}
-	for range runs(2, 10) {
+	for r.run = range runs(2, 10) {
 		r.gap(t, "other address", a.renumber)
 	}
 	all.report(t)
@@ -103,7 +103,7 @@ func TestAddressReplaced(t *testing.T) {
 
 // renumber replaces the address and the default route.
 func (h *Host) renumber(ctx context.Context) error {
-	addr, err := h.home.lease()
+	addr, err := h.home.lease(h.name, true)
 	if err != nil {
 		return err
 	}
@@ -123,7 +123,7 @@ func TestLinkDown(t *testing.T) {
 	var all figures
 	_, a, b := pair(t, Masquerade, Masquerade)
 	r := &roamer{all: &all, a: a, b: b}
-	for range runs(2, 10) {
+	for r.run = range runs(2, 10) {
 		echoes := r.during(t, "link down", func(ctx context.Context) error {
 			if err := a.SetLink(ctx, false); err != nil {
 				return err
@@ -156,6 +156,7 @@ func routerReboots(t *testing.T, all *figures, kind NAT) {
 	_, a, b := pair(t, kind, Masquerade)
 	r := &roamer{all: all, a: a, b: b}
 	for i := range runs(2, 10) {
+		r.run = i
 		r.gap(t, string(kind)+" reboots", a.home.Reboot)
 		r.gap(t, string(kind)+" gets another address", func(ctx context.Context) error {
 			if err := a.home.SetWAN(ctx, netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)})); err != nil {

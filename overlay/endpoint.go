@@ -90,7 +90,7 @@ func (e *endpoints) write(p punch.Path) (first bool) {
 	old, had := e.path(p.Peer)
 	var err error
 	if p.Addr.IsValid() {
-		err = e.dev.SetEndpoint(tun.Key(p.Peer), p.Addr)
+		err = e.dev.SetEndpoint(tun.Key(p.Peer), p.Addr, p.Local)
 	} else {
 		err = e.dev.ClearEndpoint(tun.Key(p.Peer))
 	}
@@ -98,9 +98,11 @@ func (e *endpoints) write(p punch.Path) (first bool) {
 		e.log.Warn("endpoint not written", "peer", tun.Key(p.Peer), "err", err)
 		return false
 	}
-	if p.Addr.IsValid() {
+	switch {
+	case p.Addr.IsValid() && p.Addr == old.Addr: // only the own address changed
+	case p.Addr.IsValid():
 		e.log.Info("path", "peer", tun.Key(p.Peer), "via", via(p.Type), "rtt", p.RTT)
-	} else {
+	default:
 		e.log.Info("path lost", "peer", tun.Key(p.Peer), "was", via(old.Type))
 	}
 	e.mu.Lock()

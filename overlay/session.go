@@ -195,12 +195,12 @@ func (s *session) overlaps() []string {
 	return list
 }
 
-func (s *session) sendUDP(b []byte, to netip.AddrPort, ttl int) error {
+func (s *session) sendUDP(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
 	dev := s.dev.Load()
 	if dev == nil {
 		return errNoDevice
 	}
-	return dev.Send(b, to, ttl)
+	return dev.Send(b, to, from, ttl)
 }
 
 var errNoDevice = errors.New("the interface is not open yet")

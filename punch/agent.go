@@ -47,9 +47,10 @@ type Agent struct {
 }
 
 type datagram struct {
-	b   []byte
-	to  netip.AddrPort
-	ttl int
+	b    []byte
+	to   netip.AddrPort
+	from netip.Addr
+	ttl  int
 }
 
 // transaction is a request that waits for its answer.
@@ -178,7 +179,7 @@ func (a *Agent) take() []datagram {
 
 func (a *Agent) perform(sends []datagram) {
 	for _, d := range sends {
-		if err := a.cfg.Send(d.b, d.to, d.ttl); err != nil {
+		if err := a.cfg.Send(d.b, d.to, d.from, d.ttl); err != nil {
 			a.log.Debug("send failed", "to", d.to, "err", err)
 		}
 	}
@@ -312,6 +313,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 			a.forget(q)
 			q.suspect = true
 			q.sent = time.Time{}
+			q.local = netip.Addr{}
 		}
 		p.series = time.Time{}
 		p.backoff = 0

@@ -112,7 +112,7 @@ func (a *Agent) open(p *peer, now time.Time, untried bool) {
 		}
 		opened := now.Sub(q.sent) < openerPause
 		if !a.near(q.addr) && !opened && (!q.valid || q.suspect) {
-			a.sendCheck(p, q, outgoing{now: now, ttl: openerTTL})
+			a.sendCheck(p, q, outgoing{now: now, from: q.from(), ttl: openerTTL})
 		}
 		q.tried = true
 		q.attempt, q.next, q.held = 0, now, false
@@ -218,6 +218,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 // outgoing says how a check leaves.
 type outgoing struct {
 	now  time.Time
+	from netip.Addr  // zero: the system chooses
 	ttl  int         // 0: the default
 	ping chan<- Path // gets the answer; nil: nobody waits
 }
@@ -240,7 +241,7 @@ func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
 	}
 	q.waiting = append(q.waiting, c.id)
 	a.sent[c.id] = transaction{peer: p, pair: q, at: how.now, ping: how.ping}
-	a.post(p, q, datagram{b: b, to: q.addr, ttl: how.ttl}, how.now)
+	a.post(p, q, datagram{b: b, to: q.addr, from: how.from, ttl: how.ttl}, how.now)
 }
 
 // post queues a datagram and notes that something was sent there.
@@ -271,7 +272,7 @@ func (a *Agent) round(p *peer, now time.Time) {
 			q.next, q.asked = time.Time{}, false
 			continue
 		}
-		a.sendCheck(p, q, outgoing{now: now})
+		a.sendCheck(p, q, outgoing{now: now, from: q.from()})
 		q.next = now.Add(jitter(firstGap<<q.attempt, 20))
 		q.attempt++
 	}

@@ -1,6 +1,7 @@
 package punch
 
 import (
+	"net/netip"
 	"time"
 )
 
@@ -149,7 +150,7 @@ func (a *Agent) consent(p *peer, now time.Time) {
 			q.valid = false
 		}
 		if q.valid {
-			a.sendCheck(p, q, outgoing{now: now})
+			a.sendCheck(p, q, outgoing{now: now, from: q.from()})
 		}
 	}
 }
@@ -170,7 +171,7 @@ func (a *Agent) driveProbe(p *peer, now time.Time) {
 	case p.probe.lost(now) && p.rival(p.probe.began) != nil:
 		a.suspect(p, now)
 	case !now.Before(p.probe.again):
-		a.sendCheck(p, p.selected, outgoing{now: now})
+		a.sendCheck(p, p.selected, outgoing{now: now, from: p.selected.from()})
 		p.probe.again = later(now.Add(probeGap), p.probe.began.Add(p.selected.rtt+probeMargin))
 	}
 }
@@ -253,26 +254,44 @@ func (a *Agent) expire(p *peer, now time.Time) {
 	a.announce(Path{Peer: p.key})
 }
 
-// accept takes the answer to a check: the pair is valid.
-func (a *Agent) accept(t transaction, now time.Time) {
+// accept takes the answer to a check, which arrived at an address of ours: the
+// pair is valid. The first answer settles from which address it is used.
+func (a *Agent) accept(t transaction, at netip.Addr, now time.Time) {
 	p, q := t.peer, t.pair
 	p.hear(q, now)
+	rerouted := q.local != at && !q.from().IsValid()
+	if rerouted {
+		q.local = at
+	}
 	q.valid, q.suspect = true, false
 	q.answered = now
 	q.measure(now.Sub(t.at))
 	p.receive(now)
-	if q == p.selected {
-		p.clear()
-	} else {
+	switch {
+	case q != p.selected:
 		a.compare(p, q, now)
+	case rerouted:
+		a.announce(p.path())
+		fallthrough
+	default:
+		p.clear()
 	}
 	if t.ping != nil {
-		path := Path{Peer: p.key, Addr: q.addr, Type: q.typ, RTT: now.Sub(t.at)}
+		path := Path{Peer: p.key, Addr: q.addr, Local: q.local, Type: q.typ, RTT: now.Sub(t.at)}
 		select {
 		case t.ping <- path:
 		default:
 		}
 	}
+}
+
+// from is the own address from which packets of the pair leave; zero where
+// none is proven, or not any more: then the system chooses.
+func (q *pair) from() netip.Addr {
+	if !q.valid || q.suspect {
+		return netip.Addr{}
+	}
+	return q.local
 }
 
 // measure smooths the RTT as RFC 6298 section 2 does.

@@ -34,11 +34,12 @@ type pair struct {
 	sent    time.Time // last packet since the network changed
 	waiting []transactionID
 
-	valid    bool      // answered an authenticated check
-	suspect  bool      // did not answer lately
-	answered time.Time // last answer
-	heard    time.Time // last authenticated message from there
-	since    time.Time // when it was first heard
+	local    netip.Addr // of ours, at which the answer arrived; zero: any
+	valid    bool       // answered an authenticated check
+	suspect  bool       // did not answer lately
+	answered time.Time  // last answer
+	heard    time.Time  // last authenticated message from there
+	since    time.Time  // when it was first heard
 	rtt      time.Duration
 	varied   time.Duration // mean deviation of the RTT
 	samples  int
@@ -128,7 +129,7 @@ func (p *peer) wanted(now time.Time) bool {
 
 func (p *peer) path() Path {
 	q := p.selected
-	return Path{Peer: p.key, Addr: q.addr, Type: q.typ, RTT: q.rtt}
+	return Path{Peer: p.key, Addr: q.addr, Local: q.local, Type: q.typ, RTT: q.rtt}
 }
 
 func (p *peer) find(addr netip.AddrPort) *pair {

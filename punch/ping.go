@@ -44,7 +44,7 @@ func (a *Agent) pingOnce(k Key, answered chan<- Path) (<-chan struct{}, error) {
 		return nil, errUnknownPeer
 	}
 	if p.selected != nil {
-		a.sendCheck(p, p.selected, outgoing{now: time.Now(), ping: answered})
+		a.sendCheck(p, p.selected, outgoing{now: time.Now(), from: p.selected.from(), ping: answered})
 	}
 	moved, sends := a.moved, a.take()
 	a.mu.Unlock()

@@ -71,12 +71,14 @@ type Peer struct {
 }
 
 // Path is a valid pair: Addr answered an authenticated check. The zero Addr
-// means that there is no path.
+// means that there is no path. Packets leave from Local, at which the answer
+// arrived; the zero Local leaves the choice to the system.
 type Path struct {
-	Peer Key
-	Addr netip.AddrPort
-	Type CandidateType // of the remote candidate
-	RTT  time.Duration // smoothed
+	Peer  Key
+	Addr  netip.AddrPort
+	Local netip.Addr
+	Type  CandidateType // of the remote candidate
+	RTT   time.Duration // smoothed
 }
 
 // Activity is what the data plane saw of a peer: counts of packets sent to it
@@ -92,12 +94,14 @@ type Config struct {
 	Mesh       [32]byte // trust hash; separates the keys of meshes
 	Nonces     [2]Nonce // ours: current and previous; checks to either are ours
 
-	// Send sends a datagram from the node's UDP port. ttl 0 means the default.
-	Send func(b []byte, to netip.AddrPort, ttl int) error
+	// Send sends a datagram from the node's UDP port and the local address from;
+	// zero means that the system chooses. ttl 0 means the default.
+	Send func(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error
 	// Signal carries a sealed message to a peer through a relay or the server.
 	// An error means that there is no way now; the agent goes on without.
 	Signal func(to Key, sealed []byte) error
-	// OnPath is called at every change of a peer's path, in order.
+	// OnPath is called at every change of a peer's path or its local address, in
+	// order.
 	OnPath func(Path)
 	// OnCandidates is called when the own candidates changed, or a token came
 	// where there was none.

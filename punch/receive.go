@@ -8,10 +8,11 @@ import (
 	"github.com/pion/stun/v2"
 )
 
-// Receive takes a datagram that looks like STUN from the node's UDP port. b is
-// used only during the call. Answers leave from within the call; nothing else is
-// called back. Whatever is not authentic is dropped without a trace.
-func (a *Agent) Receive(b []byte, from netip.AddrPort) {
+// Receive takes a datagram that looks like STUN from the node's UDP port, where
+// it arrived at the local address at; zero: unknown. b is used only during the
+// call. Answers leave from within the call, and from that address; nothing else
+// is called back. Whatever is not authentic is dropped without a trace.
+func (a *Agent) Receive(b []byte, from netip.AddrPort, at netip.Addr) {
 	m, err := decode(b)
 	if err != nil {
 		return
@@ -21,16 +22,16 @@ func (a *Agent) Receive(b []byte, from netip.AddrPort) {
 	a.mu.Lock()
 	switch m.Type {
 	case stun.BindingRequest:
-		a.receiveCheck(m, from, now)
+		a.receiveCheck(m, from, at, now)
 	case stun.BindingSuccess:
-		a.receiveAnswer(m, from, now)
+		a.receiveAnswer(m, from, at, now)
 	}
 	sends := a.take()
 	a.mu.Unlock()
 	a.perform(sends)
 }
 
-func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, now time.Time) {
+func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, at netip.Addr, now time.Time) {
 	c, err := checkOf(m)
 	if err != nil {
 		return
@@ -54,19 +55,23 @@ func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, now time.Time
 	if q == p.selected {
 		p.receive(now)
 	}
-	a.reply(p, q, c.id, now)
+	a.reply(p, q, c.id, outgoing{now: now, from: at})
 	enough := consentExpiry
 	if p.active(now) {
 		enough = consentInterval
 	}
 	if !q.valid || q.suspect || now.Sub(q.answered) > enough {
-		a.sendCheck(p, q, outgoing{now: now})
+		source := q.from()
+		if !source.IsValid() {
+			source = at // where the peer can reach us, it may expect us from
+		}
+		a.sendCheck(p, q, outgoing{now: now, from: source})
 	}
 	a.schedule(p, now)
 }
 
-func (a *Agent) reply(p *peer, q *pair, id transactionID, now time.Time) {
-	if !a.mayProbe(p, q, now) {
+func (a *Agent) reply(p *peer, q *pair, id transactionID, how outgoing) {
+	if !a.mayProbe(p, q, how.now) {
 		return
 	}
 	b, err := answer(id, q.addr, p.secrets.check)
@@ -74,10 +79,10 @@ func (a *Agent) reply(p *peer, q *pair, id transactionID, now time.Time) {
 		a.log.Error("answer not built", "err", err)
 		return
 	}
-	a.post(p, q, datagram{b: b, to: q.addr}, now)
+	a.post(p, q, datagram{b: b, to: q.addr, from: how.from}, how.now)
 }
 
-func (a *Agent) receiveAnswer(m *stun.Message, from netip.AddrPort, now time.Time) {
+func (a *Agent) receiveAnswer(m *stun.Message, from netip.AddrPort, at netip.Addr, now time.Time) {
 	t, ok := a.sent[m.TransactionID]
 	if !ok {
 		return
@@ -95,6 +100,6 @@ func (a *Agent) receiveAnswer(m *stun.Message, from netip.AddrPort, now time.Tim
 	t.pair.waiting = slices.DeleteFunc(t.pair.waiting, func(id transactionID) bool {
 		return id == m.TransactionID
 	})
-	a.accept(t, now)
+	a.accept(t, at, now)
 	a.schedule(t.peer, now)
 }

@@ -55,7 +55,6 @@ type node struct {
 	pathAt   []time.Time
 	told     [][]Candidate
 	activity Activity
-	atOther  map[transactionID]bool // arrived at the second address
 }
 
 var (
@@ -136,12 +135,12 @@ func meet(a, b *node) {
 	b.SetPeer(a.info())
 }
 
-func (n *node) send(b []byte, to netip.AddrPort, ttl int) error {
+func (n *node) send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
 	w := n.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	x := wire{at: time.Now(), from: n.outer, to: to, ttl: ttl, b: bytes.Clone(b)}
-	if id := transactionID(b[8:20]); n.atOther[id] {
+	if from.IsValid() && from == n.other.Addr() {
 		x.from = n.other
 	}
 	w.wires = append(w.wires, x)
@@ -159,17 +158,14 @@ func (n *node) send(b []byte, to netip.AddrPort, ttl int) error {
 func (w *world) arrive(from *node, x wire) {
 	if x.to == stunAddr() {
 		reply := serverAnswer(w.t, x)
-		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to) })
+		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to, x.from.Addr()) })
 		return
 	}
 	w.mu.Lock()
 	i := slices.IndexFunc(w.nodes, func(n *node) bool { return x.to == n.outer || x.to == n.other })
-	if i >= 0 && x.to == w.nodes[i].other {
-		w.nodes[i].atOther[transactionID(x.b[8:20])] = true
-	}
 	w.mu.Unlock()
 	if i >= 0 {
-		w.nodes[i].Receive(x.b, x.from)
+		w.nodes[i].Receive(x.b, x.from, x.to.Addr())
 	}
 }
 
@@ -180,11 +176,11 @@ func (n *node) move(addr string) {
 	n.outer = netip.MustParseAddrPort(addr)
 }
 
-// alias gives n a second address, from which it answers what arrives there.
+// alias gives n a second address, which its system never chooses by itself.
 func (n *node) alias(addr netip.AddrPort) {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
-	n.other, n.atOther = addr, map[transactionID]bool{}
+	n.other = addr
 }
 
 // serverAnswer is what the coordination server does.

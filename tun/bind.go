@@ -216,13 +216,15 @@ func (b *bind) ParseEndpoint(s string) (conn.Endpoint, error) {
 	return e, nil
 }
 
-// setPath registers an address as the path of a peer. It comes before the write
-// through wgctrl, which then finds the endpoint by its address. Inside the mesh
-// nothing is registered.
-func (b *bind) setPath(k Key, to netip.AddrPort) {
+// setPath registers an address as the path of a peer, used from a local address
+// when from is valid. It comes before the write through wgctrl, which then finds
+// the endpoint by its address. Inside the mesh nothing is registered.
+func (b *bind) setPath(k Key, to netip.AddrPort, from netip.Addr) {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if !b.config.meshed(to.Addr()) {
-		b.peers.path(k, to)
+		if e := b.peers.path(k, to); e != nil {
+			e.pin(from)
+		}
 	}
 }
 

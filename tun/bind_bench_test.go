@@ -1,6 +1,7 @@
 package tun
 
 import (
+	"net/netip"
 	"testing"
 
 	"golang.zx2c4.com/wireguard/conn"
@@ -34,8 +35,8 @@ func newHalf(t testing.TB, k Key) *half {
 func benchPair(t testing.TB) (*half, *half) {
 	x, y := newHalf(t, keyB), newHalf(t, keyA)
 	o, p := &opened{bind: x.b}, &opened{bind: y.b}
-	y.b.setPath(keyA, o.at(false))
-	x.b.setPath(keyB, p.at(false))
+	y.b.setPath(keyA, o.at(false), netip.Addr{})
+	x.b.setPath(keyB, p.at(false), netip.Addr{})
 	y.b.peers.learn(3, y.b.peers.byKey(keyA))
 	e, err := x.b.ParseEndpoint(p.at(false).String())
 	if err != nil {

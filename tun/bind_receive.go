@@ -24,7 +24,8 @@ const (
 type arrival struct {
 	data    []byte
 	segment int
-	ep      *endpoint // of the sender
+	ep      *endpoint  // of the sender
+	at      netip.Addr // local address
 }
 
 // receiver is the receiving half of a socket. What one call cannot take stays
@@ -134,7 +135,7 @@ func (r *receiver) deliver(packets [][]byte, sizes []int, eps []conn.Endpoint) i
 			n++
 		case frameSTUN:
 			if r.b.config.Receive != nil {
-				r.b.config.Receive(b, r.now.ep.to)
+				r.b.config.Receive(b, r.now.ep.to, r.now.at)
 			}
 		default:
 			r.b.drops.foreign.Add(1)
@@ -176,21 +177,22 @@ func (r *receiver) advance() bool {
 	if segment <= 0 || segment > size {
 		segment = size
 	}
-	r.now = arrival{data: r.bufs[r.next][:size], segment: segment, ep: r.sender(r.names[r.next].get())}
-	r.now.ep.came(local)
+	r.now = arrival{data: r.bufs[r.next][:size], segment: segment, ep: r.sender(r.names[r.next].get(), local), at: local}
 	r.next++
 	return true
 }
 
 // sender is the endpoint of an address. A stranger's is kept only until the
-// next stranger.
-func (r *receiver) sender(a netip.AddrPort) *endpoint {
+// next stranger, and answered from the local address it wrote to. That of a path
+// is not moved by a datagram which anybody can have sent.
+func (r *receiver) sender(a netip.AddrPort, local netip.Addr) *endpoint {
 	if e := r.b.peers.at(a); e != nil {
 		return e
 	}
 	if r.stranger == nil || r.stranger.to != a {
 		r.stranger = newEndpoint(a, nil)
 	}
+	r.stranger.pin(local)
 	return r.stranger
 }
 

@@ -298,7 +298,7 @@ func (b *bind) flush(t *train, bufs [][]byte, e *endpoint, s *socket) error {
 		case try == sendTries:
 			return fmt.Errorf("send to %s: %w", e.to, failed)
 		case source.IsValid() && badSource(failed):
-			e.ClearSrc()
+			e.pin(netip.Addr{})
 		case train && failed == unix.EIO:
 			s.gso.Store(false)
 		case train && (failed == unix.EINVAL || failed == unix.EMSGSIZE):
@@ -315,9 +315,9 @@ func badSource(errno syscall.Errno) bool {
 	return errno == unix.EINVAL || errno == unix.EADDRNOTAVAIL || errno == unix.ENETUNREACH
 }
 
-// send sends one datagram of ours, with a TTL or hop limit of its own when ttl
-// is not 0. The kernel chooses the local address.
-func (b *bind) send(p []byte, to netip.AddrPort, ttl int) error {
+// send sends one datagram of ours, from a local address when from is valid, and
+// with a TTL or hop limit of its own when ttl is not 0.
+func (b *bind) send(p []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if b.config.meshed(to.Addr()) {
 		return fmt.Errorf("send to %s: %w", to, errMesh)
@@ -330,21 +330,36 @@ func (b *bind) send(p []byte, to netip.AddrPort, ttl int) error {
 	if s == nil {
 		return fmt.Errorf("send to %s: %w", to, unix.EAFNOSUPPORT)
 	}
+	e := newEndpoint(to, nil)
+	e.pin(from)
+	err := b.sendOne(p, e, s, ttl)
+	if errno := syscall.Errno(0); from.IsValid() && errors.As(err, &errno) && badSource(errno) {
+		e.pin(netip.Addr{})
+		err = b.sendOne(p, e, s, ttl)
+	}
+	if err != nil {
+		return fmt.Errorf("send to %s: %w", to, err)
+	}
+	return nil
+}
+
+func (b *bind) sendOne(p []byte, e *endpoint, s *socket, ttl int) error {
 	t := b.trains.Get().(*train)
 	defer b.trains.Put(t)
-	t.load([][]byte{p}, newEndpoint(to, nil), netip.Addr{}, false)
+	t.load([][]byte{p}, e, e.SrcIP(), false)
 	if ttl > 0 {
 		c := control{b: t.control[0][:0]}
-		c.hops(to.Addr().Is4(), ttl)
+		c.source(e.SrcIP())
+		c.hops(e.to.Addr().Is4(), ttl)
 		c.attach(&t.msgs[0].head)
 	}
 	err, errno := s.raw.Control(t.run), t.errno
 	t.unload()
 	switch {
 	case err != nil:
-		return fmt.Errorf("send to %s: %w", to, net.ErrClosed)
+		return net.ErrClosed
 	case errno != 0:
-		return fmt.Errorf("send to %s: %w", to, errno)
+		return errno
 	}
 	return nil
 }

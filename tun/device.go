@@ -184,10 +184,12 @@ func (d *Device) waitClosed(ctx context.Context) error {
 	return fmt.Errorf("interface %s: %w", d.config.Name, ErrInterfaceGone)
 }
 
-// Send sends one datagram from the WireGuard port, with the given TTL or hop
-// limit where it is above zero. It never blocks, and refuses to send into
-// Config.Mesh.
-func (d *Device) Send(b []byte, to netip.AddrPort, ttl int) error { return d.bind.send(b, to, ttl) }
+// Send sends one datagram from the WireGuard port, from the given local address
+// when that is valid and still this host's, and with the given TTL or hop limit
+// where it is above zero. It never blocks, and refuses to send into Config.Mesh.
+func (d *Device) Send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
+	return d.bind.send(b, to, from, ttl)
+}
 
 // Port is the UDP port of both families.
 func (d *Device) Port() uint16 { return d.bind.port() }

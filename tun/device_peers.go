@@ -121,16 +121,17 @@ func (d *Device) peerConfig(p Peer, known bool) wgtypes.PeerConfig {
 	return c
 }
 
-// SetEndpoint makes to the address to which the peer's packets are sent, and
-// sends what waited for it. Addresses inside Config.Mesh are refused.
-func (d *Device) SetEndpoint(k Key, to netip.AddrPort) error {
+// SetEndpoint makes to the address to which the peer's packets are sent, from the
+// local address from when that is valid, and sends what waited for it. Addresses
+// inside Config.Mesh are refused.
+func (d *Device) SetEndpoint(k Key, to netip.AddrPort, from netip.Addr) error {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if !to.IsValid() || d.config.meshed(to.Addr()) {
 		return fmt.Errorf("set endpoint on %s: not an address outside the mesh", d.config.Name)
 	}
 	return d.setEndpoint(k, func(p Peer) (netip.AddrPort, time.Duration) {
 		d.starts.move(k, to)
-		d.bind.setPath(k, to) // before the write, which looks the path up by address
+		d.bind.setPath(k, to, from) // before the write, which looks the path up by address
 		return to, p.Keepalive
 	})
 }

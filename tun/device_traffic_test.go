@@ -79,7 +79,7 @@ func bothStartAtOnce(t *testing.T) {
 		addr     string
 	}{{a, b, "10.9.0.2"}, {b, a, "10.9.0.1"}} {
 		wg.Go(func() {
-			if err := side.from.SetEndpoint(side.to.self.Key, at(side.addr, side.to.Port())); err != nil {
+			if err := side.from.SetEndpoint(side.to.self.Key, at(side.addr, side.to.Port()), netip.Addr{}); err != nil {
 				t.Error(err)
 			}
 			side.from.StartHandshake(side.to.self.Key)
@@ -117,8 +117,8 @@ func TestOneSideLostItsSession(t *testing.T) {
 			for i := range 2 {
 				b := newNode(t, sb, 2, func(c *Config) { c.PrivateKey = k[1]; c.Port = 41002 })
 				pairUp(t, a, b)
-				check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port())))
-				check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port())))
+				check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.Addr{}))
+				check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port()), netip.Addr{}))
 				a.StartHandshake(b.self.Key)
 				b.StartHandshake(a.self.Key)
 				client := listenIn(t, sb, "100.99.0.2:0")
@@ -140,8 +140,8 @@ func TestPing(t *testing.T) {
 	joinSpaces(t, sa, sb)
 	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
 	pairUp(t, a, b)
-	check(t, a.SetEndpoint(b.self.Key, at("fd09::2", b.Port())))
-	check(t, b.SetEndpoint(a.self.Key, at("fd09::1", a.Port())))
+	check(t, a.SetEndpoint(b.self.Key, at("fd09::2", b.Port()), netip.Addr{}))
+	check(t, b.SetEndpoint(a.self.Key, at("fd09::1", a.Port()), netip.Addr{}))
 	a.StartHandshake(b.self.Key)
 	b.StartHandshake(a.self.Key)
 	for _, to := range []string{"100.99.0.2", "fd99::2"} {
@@ -163,7 +163,7 @@ func TestForeignSourceDoesNotMoveEndpoint(t *testing.T) {
 	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
 	pairUp(t, a, b)
 	direct := at("10.9.0.2", b.Port())
-	check(t, a.SetEndpoint(b.self.Key, direct))
+	check(t, a.SetEndpoint(b.self.Key, direct, netip.Addr{}))
 	forwarder := listenIn(t, sb, "10.9.0.3:0")
 	forwarded := make(chan struct{}, 1)
 	go func() {
@@ -184,7 +184,7 @@ func TestForeignSourceDoesNotMoveEndpoint(t *testing.T) {
 			}
 		}
 	}()
-	check(t, b.SetEndpoint(a.self.Key, forwarder.LocalAddr().(*net.UDPAddr).AddrPort()))
+	check(t, b.SetEndpoint(a.self.Key, forwarder.LocalAddr().(*net.UDPAddr).AddrPort(), netip.Addr{}))
 	echo(t, sa, "100.99.0.1:7000")
 	client := listenIn(t, sb, "100.99.0.2:0")
 	b.StartHandshake(a.self.Key)
@@ -205,8 +205,8 @@ func TestCloseInFullSwing(t *testing.T) {
 	joinSpaces(t, sa, sb)
 	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
 	pairUp(t, a, b)
-	check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port())))
-	check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port())))
+	check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.Addr{}))
+	check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port()), netip.Addr{}))
 	a.StartHandshake(b.self.Key)
 	b.StartHandshake(a.self.Key)
 	echo(t, sb, "100.99.0.2:7000")
@@ -220,11 +220,11 @@ func TestCloseInFullSwing(t *testing.T) {
 			_, err := client.WriteToUDPAddrPort(make([]byte, 1000), at("100.99.0.2", 7000))
 			return err
 		},
-		func() error { return a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port())) },
+		func() error { return a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.Addr{}) },
 		func() error { return a.SetPeers([]Peer{b.self}) },
 		func() error { _, err := a.Stats(); return err },
 		func() error { a.StartHandshake(b.self.Key); return nil },
-		func() error { return a.Send([]byte("x"), at("10.9.0.2", 9), 0) },
+		func() error { return a.Send([]byte("x"), at("10.9.0.2", 9), netip.Addr{}, 0) },
 	} {
 		wg.Go(func() {
 			for {

@@ -53,7 +53,7 @@ type endpoint struct {
 	peer *peer    // nil: unknown
 	drop bool     // a handle
 
-	source atomic.Pointer[netip.Addr] // local address the path comes in at
+	source atomic.Pointer[netip.Addr] // local address; nil: the kernel chooses
 	flat   atomic.Bool                // segmentation fails on this path
 }
 
@@ -63,18 +63,21 @@ func newEndpoint(to netip.AddrPort, p *peer) *endpoint {
 	return e
 }
 
-// came notes the local address a datagram of the path arrived at: answers
-// leave from there. The last one counts, so that it follows a route change as
-// soon as the far side is heard again.
-func (e *endpoint) came(at netip.Addr) {
-	if old := e.source.Load(); at.IsValid() && (old == nil || *old != at) {
-		kept := at // the parameter itself would be allocated on every call
+// pin makes datagrams leave from a local address; the zero one leaves the choice
+// to the kernel.
+func (e *endpoint) pin(a netip.Addr) {
+	switch old := e.source.Load(); {
+	case !a.IsValid():
+		e.source.Store(nil)
+	case old == nil || *old != a:
+		kept := a // the parameter itself would be allocated on every call
 		e.source.Store(&kept)
 	}
 }
 
-// ClearSrc forgets the local address.
-func (e *endpoint) ClearSrc() { e.source.Store(nil) }
+// ClearSrc does nothing. wireguard-go calls it when it hears nothing; but the
+// address belongs to the path, and whoever proves paths changes both.
+func (*endpoint) ClearSrc() {}
 
 // SrcIP is the local address, invalid when the kernel chooses.
 func (e *endpoint) SrcIP() netip.Addr {

@@ -155,8 +155,7 @@ func (t *peers) learn(index uint32, p *peer) {
 }
 
 // path registers an address as a path of k and returns its endpoint: the one
-// there is, when it already was the peer's, without its source address. A
-// stranger gets nil.
+// there is, when it already was the peer's. A stranger gets nil.
 func (t *peers) path(k Key, to netip.AddrPort) *endpoint {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -166,7 +165,6 @@ func (t *peers) path(k Key, to netip.AddrPort) *endpoint {
 	}
 	p.pathed.Store(true)
 	if e := t.paths[to]; e != nil && e.peer == p {
-		e.ClearSrc()
 		return e
 	}
 	e := newEndpoint(to, p)
@@ -205,12 +203,12 @@ func (t *peers) list(p *peer, e *endpoint) {
 	t.paths[e.to] = e
 }
 
-// clearSources forgets which local addresses paths came in at.
+// clearSources forgets from which local addresses paths are used.
 func (t *peers) clearSources() {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	for _, e := range t.paths {
-		e.ClearSrc()
+		e.pin(netip.Addr{})
 	}
 }
 

@@ -37,9 +37,10 @@ type Config struct {
 	// comma-separated; empty means all on.
 	Offloads string
 
-	// Receive gets every STUN-shaped datagram, in the receiving goroutine; b is
-	// valid during the call. It must not call back into the Device.
-	Receive func(b []byte, from netip.AddrPort)
+	// Receive gets every STUN-shaped datagram, in the receiving goroutine, with
+	// the local address it arrived at (zero: unknown); b is valid during the
+	// call. It must not call back into the Device, but for Send.
+	Receive func(b []byte, from netip.AddrPort, at netip.Addr)
 	// Demand is told when packets wait for a peer without a path, or are sent
 	// to a peer after a second of silence. It must not block.
 	Demand func(Key)

@@ -85,7 +85,7 @@ func (n *Node) receive(b []byte, from netip.AddrPort) {
 	n.audit.received(b, from)
 	if !bytes.HasPrefix(b, []byte(dataHeader)) {
 		if a := n.current(); a != nil {
-			a.Receive(b, from)
+			a.Receive(b, from, netip.Addr{})
 		}
 		return
 	}

@@ -205,7 +205,7 @@ func (n *Node) learn(peer *Node) {
 	}
 }
 
-func (n *Node) sendPacket(b []byte, to netip.AddrPort, ttl int) error {
+func (n *Node) sendPacket(b []byte, to netip.AddrPort, _ netip.Addr, ttl int) error {
 	n.audit.sent(b, to, ttl)
 	return n.host.Send(b, n.port, to, ttl)
 }

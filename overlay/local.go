@@ -47,7 +47,7 @@ func (n *Node) serveLocal(ctx context.Context, l net.Listener) error {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		if err := srv.Serve(&limited{Listener: l, slots: make(chan struct{}, maxLocalConns)}); !errors.Is(err, http.ErrServerClosed) {
+		if err := srv.Serve(newLimited(l, fromRoot)); !errors.Is(err, http.ErrServerClosed) {
 			return err
 		}
 		return nil
@@ -77,19 +77,22 @@ func (n *Node) mux() http.Handler {
 	return mux
 }
 
-// peerContext asks the kernel who is on the other side.
+// peerContext notes who is on the other side.
 func peerContext(ctx context.Context, c net.Conn) context.Context {
+	l, ok := c.(*limitedConn)
+	return context.WithValue(ctx, rootKey{}, ok && l.trusted)
+}
+
+// fromRoot asks the kernel whether root is on the other side.
+func fromRoot(c net.Conn) bool {
 	root := false
-	if l, ok := c.(*limitedConn); ok {
-		c = l.Conn
-	}
 	if raw, err := c.(*net.UnixConn).SyscallConn(); err == nil {
 		_ = raw.Control(func(fd uintptr) {
 			cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 			root = err == nil && cred.Uid == 0
 		})
 	}
-	return context.WithValue(ctx, rootKey{}, root)
+	return root
 }
 
 func isRoot(r *http.Request) bool { return r.Context().Value(rootKey{}) == true }
@@ -217,27 +220,42 @@ func (n *Node) handleLeave(w http.ResponseWriter, r *http.Request) {
 	answer(w, struct{}{}, n.Leave(r.Context()))
 }
 
-// limited is a listener with a bounded number of open connections.
+// limited is a listener with a bounded number of open connections from whom it
+// does not trust; further ones are closed. Whoever holds connections open cannot
+// keep root out.
 type limited struct {
 	net.Listener
-	slots chan struct{}
+	trusts func(net.Conn) bool
+	slots  chan struct{}
 }
 
 type limitedConn struct {
 	net.Conn
+	trusted bool
 	release func()
 }
 
-// Accept waits for a free slot first; Shutdown closes the listener, which ends
-// the Accept inside.
+func newLimited(l net.Listener, trusts func(net.Conn) bool) *limited {
+	return &limited{Listener: l, trusts: trusts, slots: make(chan struct{}, maxLocalConns)}
+}
+
+// Accept gives the next connection there is room for.
 func (l *limited) Accept() (net.Conn, error) {
-	l.slots <- struct{}{}
-	c, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if l.trusts(c) {
+			return &limitedConn{Conn: c, trusted: true, release: func() {}}, nil
+		}
+		select {
+		case l.slots <- struct{}{}:
+			return &limitedConn{Conn: c, release: sync.OnceFunc(func() { <-l.slots })}, nil
+		default:
+			_ = c.Close()
+		}
 	}
-	return &limitedConn{Conn: c, release: sync.OnceFunc(func() { <-l.slots })}, nil
 }
 
 // Close frees the slot.

@@ -2,11 +2,14 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -134,6 +137,60 @@ func TestOthersThanRootMayOnlyLook(t *testing.T) {
 	case <-n.stop:
 		t.Error("somebody else stopped the daemon")
 	default:
+	}
+}
+
+// Whoever opens all the connections there may be does not keep root out.
+func TestOthersCannotKeepRootOut(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	inner, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer inner.Close()
+	var root atomic.Bool
+	l := newLimited(inner, func(net.Conn) bool { return root.Load() })
+	dial := func() net.Conn {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		return c
+	}
+	accept := func() *limitedConn {
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.(*limitedConn)
+	}
+	var held []*limitedConn
+	for range maxLocalConns {
+		dial()
+		held = append(held, accept())
+	}
+	extra, refused := dial(), make(chan error, 1)
+	go func() { // one more is closed; then root comes
+		_, err := extra.Read(make([]byte, 1))
+		root.Store(true)
+		c, dialErr := net.Dial("unix", path)
+		if dialErr == nil {
+			_ = c.Close()
+		}
+		refused <- errors.Join(err, dialErr)
+	}()
+	if c := accept(); !c.trusted {
+		t.Error("root's connection is not trusted")
+	}
+	if err := <-refused; !errors.Is(err, io.EOF) {
+		t.Errorf("one connection too many: %v", err)
+	}
+	root.Store(false)
+	_ = held[0].Close()
+	dial()
+	if c := accept(); c.trusted {
+		t.Error("somebody else's connection is trusted")
 	}
 }
 

@@ -53,7 +53,7 @@ func (s *session) invite(ctx context.Context, r InviteRequest) (InviteReply, err
 	if err := r.Check(); err != nil {
 		return InviteReply{}, err
 	}
-	if len(s.keys.Signer) == 0 {
+	if !s.signs() {
 		return InviteReply{}, fail(Refused, "run it on the machine that founded the mesh", "this machine may not invite: it holds no signer key")
 	}
 	inv, err := coord.NewInvite(coord.InviteMember, s.hash, s.control.servers()[0])
@@ -69,6 +69,16 @@ func (s *session) invite(ctx context.Context, r InviteRequest) (InviteReply, err
 		return conn.Invite(ctx, coord.InviteRequest{Cap: doc})
 	})
 	return InviteReply{Invite: inv.String(), Expires: c.NotAfter, Uses: int(c.Uses)}, err
+}
+
+// signs says whether this machine holds a signer's key of this mesh. One that
+// once tried to found another mesh holds a key that signs nothing here.
+func (s *session) signs() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	mesh := s.roster.mesh
+	signers := append([]trust.Key{mesh.Genesis().Signer}, mesh.State().Signers...)
+	return len(s.keys.Signer) == ed25519.PrivateKeySize && slices.Contains(signers, publicOf(s.keys.Signer))
 }
 
 // clockSlack lets an invite begin before this clock's now, because the server

@@ -102,7 +102,7 @@ func (n *Node) Up(ctx context.Context, r UpRequest, progress func(Progress)) (Up
 		return UpResult{}, err
 	}
 	res := s.settle(ctx, progress)
-	if s.keys.Founding != nil && !s.settings.Announced && res.Online {
+	if s.signs() && !s.settings.Announced && res.Online {
 		res.Invite = n.announce(ctx, s, progress)
 	}
 	return res, nil
@@ -265,15 +265,19 @@ func (n *Node) joinConfig(inv coord.Invite, k *keys, c *settings) (coord.JoinCon
 // start opens the session. A running one stays when the settings are the same,
 // and makes room otherwise.
 func (n *Node) start(c *settings, progress func(Progress)) (*session, error) {
-	if s := n.current(); s != nil {
-		c.Nonces, c.NonceTime = s.settings.Nonces, s.settings.NonceTime
-		if *s.settings == *c {
-			return s, nil
+	old := n.current()
+	if old != nil {
+		c.Nonces, c.NonceTime = old.settings.Nonces, old.settings.NonceTime
+		if *old.settings == *c {
+			return old, nil
 		}
 		n.endSession()
 	}
 	s, err := n.openSession(c)
 	if err != nil {
+		if old != nil {
+			n.goBack(old.settings)
+		}
 		return nil, deviceError(err, c)
 	}
 	overlaps := s.overlaps()
@@ -290,6 +294,17 @@ func (n *Node) start(c *settings, progress func(Progress)) (*session, error) {
 	return s, nil
 }
 
+// goBack opens the session again that made room for settings that failed.
+func (n *Node) goBack(c *settings) {
+	s, err := n.openSession(c)
+	if err == nil {
+		err = n.runSession(s)
+	}
+	if err != nil {
+		n.cfg.Log.Error("the former session cannot be opened again", "err", err)
+	}
+}
+
 func (n *Node) openSession(c *settings) (*session, error) {
 	k, err := n.store.loadKeys()
 	if err != nil {
@@ -298,6 +313,14 @@ func (n *Node) openSession(c *settings) (*session, error) {
 	var m membership
 	if _, err := n.store.load(meshFile, &m); err != nil {
 		return nil, err
+	}
+	cert, err := ownCert(&m)
+	if err != nil {
+		return nil, err
+	}
+	if cert.Device != publicOf(k.Device) || cert.WireGuard != trust.Key(k.WireGuard.PublicKey()) {
+		return nil, fail(Failure, "restore both from one backup, or give this identity up and join again: overlay leave",
+			"the keys in %s are not those of the saved membership", n.store.dir)
 	}
 	return newSession(n.store, k, c, &m, n.cfg)
 }
@@ -388,77 +411,6 @@ func (s *session) waiting() int {
 		}
 	}
 	return count
-}
-
-// Leave revokes this device, deletes its keys and ends Run. The error says
-// that the server could not be told; the keys are gone all the same.
-func (n *Node) Leave(ctx context.Context) error {
-	n.up.Lock()
-	defer n.up.Unlock()
-	if n.current() != nil {
-		n.endSession() // it would save its netmap again
-	}
-	err := Leave(ctx, n.cfg)
-	n.Down()
-	return err
-}
-
-// leaveWait bounds how long leaving tries to tell the server.
-const leaveWait = 5 * time.Second
-
-// Leave gives up the identity in a state directory, with or without a daemon.
-func Leave(ctx context.Context, cfg Config) error {
-	cfg.setDefaults()
-	st := store{cfg.StateDir}
-	if err := st.open(); err != nil && KindOf(err) == Permission {
-		return err
-	}
-	var k keys
-	var m membership
-	hadKeys, keyErr := st.load(keysFile, &k)
-	joined, meshErr := st.load(meshFile, &m)
-	if !hadKeys && !joined && keyErr == nil && meshErr == nil {
-		return fail(Refused, "", "this machine has not joined a mesh")
-	}
-	told := errors.Join(keyErr, meshErr)
-	if told == nil && joined {
-		ctx, cancel := context.WithTimeout(ctx, leaveWait)
-		defer cancel()
-		told = revokeSelf(ctx, &k, &m, cfg)
-	}
-	if err := st.forget(); err != nil {
-		return fmt.Errorf("delete the keys: %w", err)
-	}
-	if told != nil {
-		return fail(Unreachable, "", "left, and the keys are deleted, but the server was not told (%s); it lists this machine as offline", troubleText(told))
-	}
-	return nil
-}
-
-func revokeSelf(ctx context.Context, k *keys, m *membership, cfg Config) error {
-	cert, err := ownCert(m)
-	if err != nil {
-		return err
-	}
-	doc, err := trust.SignRevocation(trust.Revocation{
-		Target: cert.Device, By: cert.Device, From: time.Now().UTC().Truncate(time.Second),
-	}, k.Device)
-	if err != nil {
-		return fmt.Errorf("sign the revocation: %w", err)
-	}
-	mesh, err := trust.NewMesh(m.TrustHash, m.Genesis, m.State)
-	if err != nil {
-		return fmt.Errorf("verify the mesh: %w", err)
-	}
-	c := control{
-		device:  k.Device,
-		servers: func() []string { return serverList("", m.Servers, mesh.State().Servers) },
-		verify:  pinned(mesh),
-		log:     cfg.Log,
-	}
-	return c.once(ctx, func(ctx context.Context, conn *coord.Conn) error {
-		return conn.Revoke(ctx, coord.RevokeRequest{Revocation: doc})
-	})
 }
 
 // listenLocal opens the daemon's socket and refuses to be the second daemon.

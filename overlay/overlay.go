@@ -4,7 +4,7 @@
 //	netmap.go    what the server says, verified, becomes peers
 //	endpoint.go  the one writer of peer endpoints: punch's paths, through wgctrl
 //	session.go   the parts of a joined node, from up to down
-//	node.go      the daemon: up, down, leave
+//	node.go      the daemon: up and down; leave.go its end for good
 //	local.go     the daemon's socket; client.go its other side
 //	state.go     what is on disk
 //

@@ -1,0 +1,86 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+)
+
+// Leave revokes this device, deletes its keys and ends Run. The error says
+// that the server could not be told; the keys are gone all the same.
+func (n *Node) Leave(ctx context.Context) error {
+	n.up.Lock()
+	defer n.up.Unlock()
+	if n.current() != nil {
+		n.endSession() // it would save its netmap again
+	}
+	err := Leave(ctx, n.cfg)
+	n.Down()
+	return err
+}
+
+// leaveWait bounds how long leaving tries to tell the server.
+const leaveWait = 5 * time.Second
+
+// Leave gives up the identity in a state directory, with or without a daemon.
+func Leave(ctx context.Context, cfg Config) error {
+	cfg.setDefaults()
+	st := store{cfg.StateDir}
+	if err := st.open(); err != nil && KindOf(err) == Permission {
+		return err
+	}
+	var k keys
+	var m membership
+	hadKeys, keyErr := st.load(keysFile, &k)
+	joined, meshErr := st.load(meshFile, &m)
+	if !hadKeys && !joined && keyErr == nil && meshErr == nil {
+		return fail(Refused, "", "this machine has not joined a mesh")
+	}
+	told := errors.Join(keyErr, meshErr)
+	if told == nil && joined {
+		ctx, cancel := context.WithTimeout(ctx, leaveWait)
+		defer cancel()
+		told = revokeSelf(ctx, &k, &m, cfg)
+	}
+	if err := st.forget(); err != nil {
+		return fmt.Errorf("delete the keys: %w", err)
+	}
+	if told != nil {
+		return fail(Unreachable, "", "left, and the keys are deleted, but the server was not told (%s); it lists this machine as offline", troubleText(told))
+	}
+	return nil
+}
+
+func revokeSelf(ctx context.Context, k *keys, m *membership, cfg Config) error {
+	cert, err := ownCert(m)
+	if err != nil {
+		return err
+	}
+	doc, err := trust.SignRevocation(trust.Revocation{
+		Target: cert.Device, By: cert.Device, From: time.Now().UTC().Truncate(time.Second),
+	}, k.Device)
+	if err != nil {
+		return fmt.Errorf("sign the revocation: %w", err)
+	}
+	mesh, err := trust.NewMesh(m.TrustHash, m.Genesis, m.State)
+	if err != nil {
+		return fmt.Errorf("verify the mesh: %w", err)
+	}
+	var set settings
+	if _, err := (store{cfg.StateDir}).load(settingsFile, &set); err != nil {
+		cfg.Log.Warn("saved settings not used", "err", err)
+	}
+	c := control{
+		device:  k.Device,
+		servers: func() []string { return serverList(set.Server, m.Servers, mesh.State().Servers) },
+		verify:  pinned(mesh),
+		log:     cfg.Log,
+	}
+	return c.once(ctx, func(ctx context.Context, conn *coord.Conn) error {
+		return conn.Revoke(ctx, coord.RevokeRequest{Revocation: doc})
+	})
+}

@@ -375,7 +375,7 @@ func (p *peer) next(a *Agent, now time.Time) time.Time {
 	switch {
 	case p.active(now):
 		next = earliest(next, now.Add(tick))
-	case !a.near(p.selected.addr):
+	case !a.near(p.selected.addr) && !p.selected.suspect: // else calls go there
 		next = earliest(next, p.sentAt.Add(keepalive))
 	}
 	if p.selected.suspect && !p.active(now) {

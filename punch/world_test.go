@@ -55,6 +55,7 @@ type node struct {
 	pathAt   []time.Time
 	told     [][]Candidate
 	activity Activity
+	looks    int
 }
 
 var (
@@ -251,6 +252,7 @@ func (n *node) onCandidates(list []Candidate) {
 func (n *node) count(Key) Activity {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
+	n.looks++
 	return n.activity
 }
 

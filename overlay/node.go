@@ -267,7 +267,7 @@ func (n *Node) joinConfig(inv coord.Invite, k *keys, c *settings) (coord.JoinCon
 func (n *Node) start(c *settings, progress func(Progress)) (*session, error) {
 	old := n.current()
 	if old != nil {
-		c.Nonces, c.NonceTime = old.settings.Nonces, old.settings.NonceTime
+		c.Nonces, c.NonceTime, c.Boot = old.settings.Nonces, old.settings.NonceTime, old.settings.Boot
 		if *old.settings == *c {
 			return old, nil
 		}
@@ -322,6 +322,7 @@ func (n *Node) openSession(c *settings) (*session, error) {
 		return nil, fail(Failure, "restore both from one backup, or give this identity up and join again: overlay leave",
 			"the keys in %s are not those of the saved membership", n.store.dir)
 	}
+	c.begin(time.Now())
 	return newSession(n.store, k, c, &m, n.cfg)
 }
 

@@ -95,6 +95,7 @@ func (s *session) newAgent(m *membership) error {
 		PrivateKey:   s.keys.WireGuard,
 		Mesh:         m.TrustHash,
 		Nonces:       s.settings.Nonces,
+		Boot:         s.settings.Boot,
 		Send:         s.sendUDP,
 		Signal:       s.sendSignal,
 		OnPath:       func(p punch.Path) { s.endpoints.set(p); s.ring() },

@@ -58,6 +58,7 @@ type settings struct {
 	Announced  bool           `json:"announced,omitempty"` // the founder's first invite was given out
 	Nonces     [2]punch.Nonce `json:"nonces"`
 	NonceTime  time.Time      `json:"nonceTime"`
+	Boot       uint64         `json:"boot"` // of the last session
 }
 
 // cache is the last netmap and the paths that worked, for a start without the
@@ -257,6 +258,10 @@ const firstPort, portCount = 20000, 12000
 
 // nonceLife is how long a nonce is published before a start draws a new one.
 const nonceLife = 24 * time.Hour
+
+// begin numbers a session: higher than all before it, whatever the clock says, or
+// peers would take its messages for old ones.
+func (c *settings) begin(now time.Time) { c.Boot = max(c.Boot+1, uint64(now.UnixNano())) }
 
 // loadSettings gives the saved settings with defaults filled in.
 func (s store) loadSettings(now time.Time) (*settings, error) {

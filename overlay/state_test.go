@@ -79,6 +79,27 @@ func TestSettingsKeepPortAndTurnNonces(t *testing.T) {
 	}
 }
 
+// A session after the clock was set back, even twice, comes after the ones before.
+func TestSettingsNumberSessions(t *testing.T) {
+	s := store{t.TempDir()}
+	now := time.Now()
+	last := uint64(0)
+	for _, age := range []time.Duration{0, -time.Hour, 1000 * time.Hour, 2000 * time.Hour, -time.Minute} {
+		c := must[*settings](t)(s.loadSettings(now))
+		c.begin(now.Add(-age))
+		if c.Boot <= last {
+			t.Fatalf("session %d after %d", c.Boot, last)
+		}
+		last = c.Boot
+		if err := s.save(settingsFile, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if last < uint64(now.Add(time.Hour).UnixNano()) {
+		t.Fatalf("number %d is not of the latest time", last)
+	}
+}
+
 func TestFullDiskSaysSoAndKeepsTheOldFile(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("SKIP: mounting a small file system needs root")

@@ -21,7 +21,7 @@ type Agent struct {
 	cfg     Config
 	log     *slog.Logger
 	private *ecdh.PrivateKey
-	boot    uint64        // our boot id: the time of the start
+	boot    uint64        // our boot id
 	wake    chan struct{} // Run has something to do
 
 	mu     sync.Mutex
@@ -84,13 +84,16 @@ func New(c Config) (*Agent, error) {
 		cfg:     c,
 		log:     c.Log,
 		private: private,
-		boot:    uint64(time.Now().UnixNano()),
+		boot:    c.Boot,
 		wake:    make(chan struct{}, 1),
 		peers:   map[Key]*peer{},
 		users:   map[user]*peer{},
 		sent:    map[transactionID]transaction{},
 		limits:  buckets[netip.Addr]{},
 		moved:   make(chan struct{}),
+	}
+	if a.boot == 0 {
+		a.boot = uint64(time.Now().UnixNano())
 	}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)

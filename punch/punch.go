@@ -93,6 +93,9 @@ type Config struct {
 	PrivateKey [32]byte // X25519, the node's WireGuard key
 	Mesh       [32]byte // trust hash; separates the keys of meshes
 	Nonces     [2]Nonce // ours: current and previous; checks to either are ours
+	// Boot is higher at every start of the node; 0: the time, in nanoseconds.
+	// Peers refuse a lower one for 30 s, and one lower than two others for ever.
+	Boot uint64
 
 	// Send sends a datagram from the node's UDP port and the local address from;
 	// zero means that the system chooses. ttl 0 means the default.

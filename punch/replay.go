@@ -35,7 +35,7 @@ func (w *window) accept(counter uint64) bool {
 }
 
 // replay decides which messages of a peer are fresh, over its restarts. A boot
-// id is the time of the start, so a later boot is always believed, and a message
+// id grows with every start, so a later boot is always believed, and a message
 // recorded from an earlier one never while the later one lives. Only when the
 // later one was silent for a consent time may an earlier boot id speak (a clock
 // set back); it gets a window of its own, so that recorded messages of either

@@ -52,7 +52,11 @@ func newPeer(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, peerKey{}, p)
 }
 
-// release says that the connection is a member's.
+// admit says that the connection is a member's; it says false when that member
+// has too many.
+func (p *peer) admit(member trust.Key) bool { return p.gate == nil || p.gate.admit(member) }
+
+// release says that the connection is about to be a member's.
 func (p *peer) release() {
 	if p.gate != nil {
 		p.gate.release()
@@ -134,7 +138,12 @@ func (s *Server) begin(w http.ResponseWriter, r *http.Request) (call, error) {
 	c := call{peer: p, r: r, device: trust.Key(key)}
 	limit := int64(coord.MaxAnonymousBody)
 	if s.hub.knows(c.device) {
-		p.release()
+		if !p.admit(c.device) {
+			w.Header().Set("Connection", "close")
+			e := refuse(coord.CodeRateLimited, "this device has %d connections to the coordinator, the most there may be", maxOfMember)
+			e.RetryAfter = time.Minute
+			return call{}, e
+		}
 		limit = coord.MaxBody
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, limit)

@@ -146,6 +146,25 @@ func TestProofsAreBound(t *testing.T) {
 	}
 }
 
+// One member cannot take all the connections a server may have open.
+func TestMemberConnectionsAreLimited(t *testing.T) {
+	s := start(t, t.TempDir())
+	o := found(t, s)
+	b := o.joined(t, "bob")
+	for i := range maxOfMember + 1 {
+		_, err := b.dial(t, o.server).Hello(t.Context())
+		switch {
+		case i < maxOfMember-1 && err != nil: // the one that joined may still be open
+			t.Fatal(i, err)
+		case i == maxOfMember:
+			wantCode(t, err, coord.CodeRateLimited)
+		}
+	}
+	if _, err := o.dial(t, o.server).Hello(t.Context()); err != nil {
+		t.Error("another member:", err)
+	}
+}
+
 // Anonymous connections beyond the limit wait for a turn, and members do not
 // count.
 func TestAnonymousConnectionsWait(t *testing.T) {

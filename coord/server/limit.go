@@ -7,12 +7,15 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"overlay/coord/trust"
 )
 
 const (
 	maxAnonymous = 16               // connections of one network served before they are members'
 	maxWaiting   = 240              // more of them that wait for their turn
 	maxAllAnon   = 4096             // connections of all networks together
+	maxOfMember  = 32               // connections of one member
 	waitForTurn  = 4 * time.Second  // less than what a client waits for an answer
 	anonymousAge = 30 * time.Second // of a connection that does not become a member's
 
@@ -93,11 +96,17 @@ func (b *buckets) refill(n netip.Prefix) *bucket {
 
 // gate bounds the connections that are nobody's yet. Of each network only
 // maxAnonymous are served at once, some more wait for their turn, the rest are
-// closed. It is safe for concurrent use.
+// closed. Those that turn out to be a member's leave it and are counted by
+// member. It is safe for concurrent use.
 type gate struct {
-	mu    sync.Mutex
-	lanes map[netip.Prefix]*lane
-	total int
+	mu      sync.Mutex
+	lanes   map[netip.Prefix]*lane
+	total   int
+	members map[trust.Key]int
+}
+
+func newGate() *gate {
+	return &gate{lanes: map[netip.Prefix]*lane{}, members: map[trust.Key]int{}}
 }
 
 // lane is one network's share.
@@ -152,6 +161,25 @@ func (g *gate) leave(source netip.Prefix, l *lane) {
 	}
 }
 
+// take counts one more connection of a member, or says that it has too many.
+func (g *gate) take(member trust.Key) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.members[member] >= maxOfMember {
+		return false
+	}
+	g.members[member]++
+	return true
+}
+
+func (g *gate) give(member trust.Key) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.members[member]--; g.members[member] == 0 {
+		delete(g.members, member)
+	}
+}
+
 // gatedConn reads nothing before it is its turn.
 type gatedConn struct {
 	net.Conn
@@ -166,6 +194,7 @@ type gatedConn struct {
 	released bool
 	ended    bool
 	age      *time.Timer // closes who keeps a turn for nothing
+	member   trust.Key   // whose connection it is counted as; zero: nobody's
 }
 
 var errNoTurn = errors.New("too many connections of this network")
@@ -221,6 +250,21 @@ func (c *gatedConn) release() {
 	c.gate.leave(c.source, c.lane)
 }
 
+// admit makes the connection a member's. It says false when that member has too
+// many.
+func (c *gatedConn) admit(member trust.Key) bool {
+	c.mu.Lock()
+	known := c.ended || c.member != trust.Key{}
+	if !known && c.gate.take(member) {
+		c.member, known = member, true
+	}
+	c.mu.Unlock()
+	if known {
+		c.release()
+	}
+	return known
+}
+
 // Close implements net.Conn.
 func (c *gatedConn) Close() error {
 	c.release()
@@ -228,6 +272,9 @@ func (c *gatedConn) Close() error {
 	if !c.ended {
 		c.ended = true
 		close(c.closed)
+		if c.member != (trust.Key{}) {
+			c.gate.give(c.member)
+		}
 	}
 	c.mu.Unlock()
 	return c.Conn.Close()

@@ -6,6 +6,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"overlay/coord/trust"
 )
 
 func TestNetwork(t *testing.T) {
@@ -59,7 +61,7 @@ func (c addressed) RemoteAddr() net.Addr { return c.from }
 
 func TestGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := &gate{lanes: map[netip.Prefix]*lane{}}
+		g := newGate()
 		enter := func(ip string) *gatedConn {
 			near, far := net.Pipe()
 			t.Cleanup(func() { _, _ = near.Close(), far.Close() })
@@ -116,6 +118,42 @@ func TestGate(t *testing.T) {
 			t.Errorf("%d connections and %d networks left", g.total, len(g.lanes))
 		}
 	})
+}
+
+// A member's connections are counted until they end, and once each.
+func TestMemberConnections(t *testing.T) {
+	g := newGate()
+	open := func() *gatedConn {
+		near, far := net.Pipe()
+		t.Cleanup(func() { _ = far.Close() })
+		return g.enter(addressed{near, &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}})
+	}
+	member, other := trust.Key{1}, trust.Key{2}
+	var held []*gatedConn
+	for range maxOfMember {
+		c := open()
+		if !c.admit(member) || !c.admit(member) {
+			t.Fatal("refused after", len(held))
+		}
+		held = append(held, c)
+	}
+	if extra := open(); extra.admit(member) || !extra.admit(other) {
+		t.Error("the limit is not by member")
+	} else {
+		_ = extra.Close()
+	}
+	_ = held[0].Close()
+	_ = held[0].Close()
+	again := open()
+	if !again.admit(member) {
+		t.Error("a connection that ended still counts")
+	}
+	for _, c := range append(held, again) {
+		_ = c.Close()
+	}
+	if g.total != 0 || len(g.lanes) != 0 || len(g.members) != 0 {
+		t.Errorf("left: %d, %v, %v", g.total, g.lanes, g.members)
+	}
 }
 
 func (c *gatedConn) hasEnded() bool {

@@ -210,7 +210,7 @@ func (s *Server) Run(ctx context.Context) error {
 	web := s.httpServer()
 	s.hub.run(ctx, group)
 	group.Go(func() error {
-		l := tls.NewListener(gatedListener{s.listener, &gate{lanes: map[netip.Prefix]*lane{}}}, tlsConfig(cert))
+		l := tls.NewListener(gatedListener{s.listener, newGate()}, tlsConfig(cert))
 		if err := web.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("serve %v: %w", s.Addr(), err)
 		}

@@ -26,6 +26,7 @@ const (
 	readDeadline  = 3 * coord.PingInterval
 	reportRate    = 100 // frames a second of one stream; faster ones wait
 	reportBurst   = 200
+	reportUnit    = 4 << 10 // bytes that count as one frame
 	publishRate   = 2
 	publishBurst  = 20
 )
@@ -207,7 +208,7 @@ func (s *stream) read() error {
 		if err := json.Unmarshal(b, &r); err != nil {
 			return fmt.Errorf("read report: %w", err)
 		}
-		if err := reports.Wait(ctx); err != nil {
+		if err := reports.WaitN(ctx, min(1+len(b)/reportUnit, reportBurst)); err != nil {
 			return err
 		}
 		if r.Signal != nil {

@@ -208,6 +208,24 @@ func TestSignalLimits(t *testing.T) {
 	})
 }
 
+// Big frames cost as much as many small ones.
+func TestBigReportsAreSlowedDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, a, _ := twoMembers(t)
+		big := bytes.Repeat([]byte(" "), coord.MaxBody)
+		copy(big, "{}")
+		began := time.Now()
+		for range 20 {
+			if err := coord.WriteFrame(a.conn, big); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if spent := time.Since(began); spent < 20*time.Second {
+			t.Errorf("20 MiB were taken within %v", spent)
+		}
+	})
+}
+
 // Members that flood a slow receiver together do not get it disconnected.
 func TestSignalFloodOnSlowReceiver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

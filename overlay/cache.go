@@ -80,5 +80,8 @@ func (s *session) saveCache() {
 	s.mu.Unlock()
 	if err := s.store.save(netmapFile, &c); err != nil {
 		s.log.Warn("netmap not cached", "err", err)
+		s.mu.Lock()
+		s.dirty = true // until there is space again
+		s.mu.Unlock()
 	}
 }

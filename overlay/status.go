@@ -33,9 +33,12 @@ func (s *session) selfStatus(full bool) SelfStatus {
 		Mesh: s.roster.mesh.State().Name, Interface: s.settings.Interface,
 	}
 	if !s.online {
-		self.Trouble = troubleText(s.trouble)
+		self.Trouble = "only root may see why"
 	}
 	if full {
+		if !s.online {
+			self.Trouble = troubleText(s.trouble)
+		}
 		self.PublicKey = tun.Key(s.self.WireGuard).String()
 		self.Server = strings.Join(s.roster.mesh.State().Servers, ",")
 	}

@@ -92,7 +92,7 @@ func (r *reader) readv(fd uintptr) (int, syscall.Errno) {
 // accept takes the packet of n bytes that readv left.
 func (r *reader) accept(n int) {
 	direct := r.bufs[r.count][r.offset:]
-	if n <= 0 || n > len(direct) {
+	if n <= 0 || n > maxPacket {
 		return
 	}
 	if r.head.kind != kindNone {
@@ -100,6 +100,9 @@ func (r *reader) accept(n int) {
 		if r.super.start(r.spill[:n], r.head) && !r.admit(r.spill[:n], r.super.left()) {
 			r.super = split{}
 		}
+		return
+	}
+	if n > len(direct) {
 		return
 	}
 	if n > directSize {

@@ -127,6 +127,22 @@ func TestReadDrains(t *testing.T) {
 	mustEqual(t, read(t, n, buffers()), want)
 }
 
+// The largest super-packet is larger than the room in wireguard-go's buffers, and
+// its packets pass all the same.
+func TestReadLargest(t *testing.T) {
+	n, f := fakeTunnel(t, everything, Config{})
+	s := segments{udp: true, size: 1372, payload: pattern(maxPacket-ipv4HeaderSize-udpHeaderSize, 4)}
+	p, h := s.super()
+	if len(p) != maxPacket {
+		t.Fatalf("%d bytes", len(p))
+	}
+	f.put(t, h, p)
+	f.put(t, virtio{}, pattern(maxPacket, 5)) // one packet that does not fit
+	small := segments{udp: true, size: 100, payload: pattern(100, 6)}.packets()
+	f.put(t, virtio{}, small[0])
+	mustEqual(t, read(t, n, buffers()), append(s.packets(), small[0]))
+}
+
 // A super-packet that does not fit into one batch goes on in the next.
 func TestReadGoesOn(t *testing.T) {
 	n, f := fakeTunnel(t, everything, Config{})

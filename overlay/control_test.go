@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"log/slog"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -55,6 +56,23 @@ func TestRecordSerialSurvivesAClockSetBack(t *testing.T) {
 	got := []uint64{serialOf(t, after.control), serialOf(t, after.control)}
 	if got[0] <= last || got[1] <= got[0] {
 		t.Fatalf("serials %v after %d, want rising ones", got, last)
+	}
+}
+
+// A cache that could not be written is written when there is space again.
+func TestCacheIsTriedAgain(t *testing.T) {
+	m := newTestMesh(t)
+	s := &session{
+		store: store{filepath.Join(t.TempDir(), "state")}, roster: m.roster(m.node("alice", m.signer)), control: newTestControl(t),
+		endpoints: newEndpoints(nil, slog.Default()), log: slog.New(slog.DiscardHandler), dirty: true,
+	}
+	s.saveCache()
+	if err := s.store.open(); err != nil {
+		t.Fatal(err)
+	}
+	s.saveCache()
+	if _, ok := s.readCache(); !ok {
+		t.Fatal("nothing was written")
 	}
 }
 

@@ -18,7 +18,7 @@ func (n *Node) Leave(ctx context.Context) error {
 	if n.current() != nil {
 		n.endSession() // it would save its netmap again
 	}
-	err := Leave(ctx, n.cfg)
+	err := n.store.leave(ctx, n.cfg)
 	n.Down()
 	return err
 }
@@ -26,17 +26,26 @@ func (n *Node) Leave(ctx context.Context) error {
 // leaveWait bounds how long leaving tries to tell the server.
 const leaveWait = 5 * time.Second
 
-// Leave gives up the identity in a state directory, with or without a daemon.
+// Leave gives up the identity in a state directory that no daemon uses.
 func Leave(ctx context.Context, cfg Config) error {
 	cfg.setDefaults()
 	st := store{cfg.StateDir}
 	if err := st.open(); err != nil && KindOf(err) == Permission {
 		return err
 	}
+	unlock, err := st.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return st.leave(ctx, cfg)
+}
+
+func (s store) leave(ctx context.Context, cfg Config) error {
 	var k keys
 	var m membership
-	hadKeys, keyErr := st.load(keysFile, &k)
-	joined, meshErr := st.load(meshFile, &m)
+	hadKeys, keyErr := s.load(keysFile, &k)
+	joined, meshErr := s.load(meshFile, &m)
 	if !hadKeys && !joined && keyErr == nil && meshErr == nil {
 		return fail(Refused, "", "this machine has not joined a mesh")
 	}
@@ -46,7 +55,7 @@ func Leave(ctx context.Context, cfg Config) error {
 		defer cancel()
 		told = revokeSelf(ctx, &k, &m, cfg)
 	}
-	if err := st.forget(); err != nil {
+	if err := s.forget(); err != nil {
 		return fmt.Errorf("delete the keys: %w", err)
 	}
 	if told != nil {

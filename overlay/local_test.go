@@ -84,6 +84,18 @@ func TestSecondDaemonIsRefused(t *testing.T) {
 	wantKind(t, err, Failure, "already running")
 }
 
+// Another socket does not make a second daemon of one identity.
+func TestStateOfARunningDaemonIsLocked(t *testing.T) {
+	_, cfg := startNode(t)
+	other := cfg
+	other.Socket = filepath.Join(t.TempDir(), "s")
+	wantKind(t, New(other).Run(t.Context(), nil), Failure, "another daemon uses the state directory "+cfg.StateDir)
+	wantKind(t, Leave(t.Context(), other), Failure, "another daemon uses the state directory "+cfg.StateDir)
+	if _, err := net.Dial("unix", other.Socket); err == nil {
+		t.Error("the refused daemon left a socket")
+	}
+}
+
 func TestClientWithoutDaemon(t *testing.T) {
 	_, err := NewClient(filepath.Join(t.TempDir(), "none")).Status(t.Context())
 	wantKind(t, err, NotRunning, "not running")

@@ -49,6 +49,15 @@ func (n *Node) Run(ctx context.Context, ready func()) error {
 	if err := n.store.open(); err != nil {
 		return err
 	}
+	if c, err := net.Dial("unix", n.cfg.Socket); err == nil {
+		_ = c.Close()
+		return fail(Failure, "see: overlay status", "the daemon is already running (socket %s)", n.cfg.Socket)
+	}
+	unlock, err := n.store.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	l, err := listenLocal(n.cfg.Socket)
 	if err != nil {
 		return err
@@ -414,14 +423,11 @@ func (s *session) waiting() int {
 	return count
 }
 
-// listenLocal opens the daemon's socket and refuses to be the second daemon.
+// listenLocal opens the daemon's socket; one that is left of a daemon that died
+// makes room.
 func listenLocal(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fail(permissionOr(err), "run it with sudo", "cannot make %s: %v", filepath.Dir(path), errors.Unwrap(err))
-	}
-	if c, err := net.Dial("unix", path); err == nil {
-		_ = c.Close()
-		return nil, fail(Failure, "see: overlay status", "the daemon is already running (socket %s)", path)
 	}
 	_ = os.Remove(path)
 	l, err := net.Listen("unix", path)

@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"context"
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/json"
@@ -14,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"overlay/coord"
@@ -83,6 +85,36 @@ func (s store) open() error {
 		return s.saveError(err)
 	}
 	return s.checkModes()
+}
+
+// A daemon that was killed a moment ago may still hold its lock.
+const (
+	lockWait = 2 * time.Second
+	lockPoll = 20 * time.Millisecond
+)
+
+// lock keeps every other daemon off the directory, whatever socket it has, until
+// unlock or the death of the process.
+func (s store) lock(ctx context.Context) (unlock func(), err error) {
+	d, err := os.Open(s.dir)
+	if err != nil {
+		return nil, s.saveError(err)
+	}
+	for end := time.Now().Add(lockWait); ; {
+		err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = d.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) || ctx.Err() != nil {
+			break
+		}
+		time.Sleep(lockPoll)
+	}
+	_ = d.Close()
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fail(Failure, "name its socket with --socket, or another directory with --state", "another daemon uses the state directory %s", s.dir)
+	}
+	return nil, fmt.Errorf("lock %s: %w", s.dir, err)
 }
 
 func (s store) checkModes() error {

@@ -191,7 +191,7 @@ func TestReadBoundsThePathless(t *testing.T) {
 	stuck := to(keyA, segments{udp: true, size: 100, payload: pattern(100, 2)}.packets())[0]
 	other := to(keyB, segments{udp: true, size: 100, payload: pattern(100, 2)}.packets())[0]
 	n.bind.peers.byKey(keyB).pathed.Store(true)
-	got := 0
+	got, begin := 0, time.Now()
 	for range 10 {
 		for range 50 {
 			f.put(t, virtio{}, stuck)
@@ -211,7 +211,7 @@ func TestReadBoundsThePathless(t *testing.T) {
 	if got < parkedLimit || got > creditLimit+60 {
 		t.Errorf("%d packets let through to a peer without a session", got)
 	}
-	if len(demands) != 1 || demands[0] != keyA {
+	if most := 1 + int(time.Since(begin)/silence); len(demands) < 1 || len(demands) > most || demands[0] != keyA {
 		t.Errorf("demands %v", demands)
 	}
 }

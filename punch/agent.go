@@ -33,6 +33,7 @@ type Agent struct {
 
 	local   []netip.Prefix
 	port    uint16
+	changed time.Time // last change of the network; zero: none since the start
 	servers []*server
 	own     []Candidate
 	told    []Candidate // what OnCandidates said last
@@ -300,7 +301,8 @@ func (a *Agent) Demand(k Key) {
 func (a *Agent) NetworkChanged() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.networkChanged(time.Now(), [2]bool{})
+	a.changed = time.Now()
+	a.networkChanged(a.changed, [2]bool{})
 }
 
 // networkChanged is NetworkChanged with the families of which an address of ours
@@ -367,8 +369,11 @@ func (a *Agent) SetLocal(addrs []netip.Prefix, port uint16) {
 		kept := slices.ContainsFunc(local, func(now netip.Prefix) bool { return now.Addr() == prefix.Addr() })
 		lost[family(addr)] = lost[family(addr)] || !kept || port != a.port
 	}
-	a.local, a.port = local, port
 	now := time.Now()
+	if a.port != 0 {
+		a.changed = now
+	}
+	a.local, a.port = local, port
 	a.refresh(now)
 	a.networkChanged(now, lost)
 }

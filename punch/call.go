@@ -119,12 +119,14 @@ func (a *Agent) open(p *peer, now time.Time, untried bool) {
 	}
 }
 
-// unheard shortens the hold of a call that could not be signalled.
+// unheard shortens the hold of a call that could not be signalled. Just after a
+// change of the network signals are only interrupted: the way that carries them
+// has to move too.
 func (a *Agent) unheard(p *peer, calls int) {
 	if p.calls != calls {
 		return
 	}
-	until := p.called.Add(shortHold)
+	until := later(p.called.Add(shortHold), a.changed.Add(maxHold))
 	if !until.Before(p.holdUntil) {
 		return
 	}

@@ -217,6 +217,32 @@ func TestAddressLost(t *testing.T) {
 	})
 }
 
+// TestAddressLostWithSignals has the connection that carries signals move too,
+// which takes half a second: until then nothing may reach the peer's NAT unasked.
+func TestAddressLostWithSignals(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		local := func(addr string) []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix(addr)} }
+		b.SetLocal(local("192.168.1.5/24"), 2000)
+		rest(5 * time.Second)
+		w.setCarry(func(_, _ *node) error { return errNoCarrier })
+		begin := time.Now()
+		b.move("203.0.113.77:7777")
+		b.SetLocal(local("192.168.2.5/24"), 2000)
+		rest(500 * time.Millisecond)
+		for _, x := range w.between(b.outer, a.outer, begin) {
+			if x.ttl == 0 {
+				t.Errorf("full TTL after %v without a signal", x.at.Sub(begin))
+			}
+		}
+		w.setCarry(nil)
+		b.SetServers([]Server{{Addr: stunAddr(), Username: []byte{2}, Key: []byte("secret")}})
+		rest(300 * time.Millisecond)
+		b.wantPath(a, a.outer)
+		a.wantPath(b, b.outer)
+	})
+}
+
 // TestLocalChange wants the same of SetLocal, and nothing when it repeats itself.
 func TestLocalChange(t *testing.T) {
 	inWorld(t, func(w *world) {

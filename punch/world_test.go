@@ -322,6 +322,12 @@ func (w *world) setDrop(drop func(wire) bool) {
 }
 
 // wantPath wants the path of n to peer to lead to an address.
+func (w *world) setCarry(carry func(from, to *node) error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.carry = carry
+}
+
 func (n *node) wantPath(peer *node, addr netip.AddrPort) {
 	n.w.t.Helper()
 	if path, ok := n.Path(peer.key); path.Addr != addr || ok != addr.IsValid() {

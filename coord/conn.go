@@ -35,6 +35,7 @@ type Conn struct {
 	in     *meter
 	br     *bufio.Reader
 	server string
+	hosts  []netip.Addr
 	pin    trust.Hash
 
 	mu  sync.Mutex // held from the first byte of a request to the last of its answer
@@ -55,8 +56,13 @@ func newConn(t *tls.Conn, server string) *Conn {
 // Pin is the SHA-256 of the server's SubjectPublicKeyInfo.
 func (c *Conn) Pin() trust.Hash { return c.pin }
 
-// RemoteAddr is the server's address; its STUN ports are on the same IP.
+// RemoteAddr is the server's address.
 func (c *Conn) RemoteAddr() netip.AddrPort { return addrPort(c.tls.RemoteAddr()) }
+
+// Hosts are the server's addresses whose STUN ports to ask: the one of this
+// connection, and one of the other family when the server's name has it, because
+// a node wants to know its outside address in both.
+func (c *Conn) Hosts() []netip.Addr { return c.hosts }
 
 // LocalAddr is this end of the connection.
 func (c *Conn) LocalAddr() netip.AddrPort { return addrPort(c.tls.LocalAddr()) }

@@ -102,7 +102,21 @@ func (d *Dialer) server(ctx context.Context, t target, shares int) (*Conn, error
 	if err != nil {
 		return nil, err
 	}
-	return newConn(conn, t.server), nil
+	c := newConn(conn, t.server)
+	c.hosts = hosts(c.RemoteAddr().Addr(), addrs)
+	return c, nil
+}
+
+// hosts is the address in use and, when the name has one, an address of the
+// other family.
+func hosts(used netip.Addr, all []netip.AddrPort) []netip.Addr {
+	list := []netip.Addr{used}
+	for _, a := range all {
+		if a.Addr().Is4() != used.Is4() {
+			return append(list, a.Addr())
+		}
+	}
+	return list
 }
 
 // resolve gives the addresses of t and sets t.host.

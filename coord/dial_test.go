@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -288,6 +289,24 @@ func TestDialNowhere(t *testing.T) {
 	}
 	if _, err := (&Dialer{Servers: []string{"127.0.0.1:1"}}).Dial(t.Context()); err == nil {
 		t.Error("dialled without a device key")
+	}
+}
+
+func TestHosts(t *testing.T) {
+	at := netip.MustParseAddrPort
+	four, six := at("192.0.2.1:443"), at("[2001:db8::1]:443")
+	for _, x := range []struct {
+		used netip.AddrPort
+		all  []netip.AddrPort
+		want []netip.Addr
+	}{
+		{four, []netip.AddrPort{four}, []netip.Addr{four.Addr()}},
+		{four, []netip.AddrPort{six, four, at("[2001:db8::2]:443")}, []netip.Addr{four.Addr(), six.Addr()}},
+		{six, []netip.AddrPort{six, four}, []netip.Addr{six.Addr(), four.Addr()}},
+	} {
+		if got := hosts(x.used.Addr(), x.all); !slices.Equal(got, x.want) {
+			t.Errorf("hosts(%v, %v) = %v, want %v", x.used, x.all, got, x.want)
+		}
 	}
 }
 

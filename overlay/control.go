@@ -41,7 +41,7 @@ type control struct {
 	// candidates are the own ones, with the newest tokens.
 	candidates func() []punch.Candidate
 	// onWelcome and onEvent are called in order from one goroutine.
-	onWelcome func(*coord.Welcome, netip.AddrPort, []byte)
+	onWelcome func(*coord.Welcome, *coord.Conn, []byte)
 	onEvent   func(coord.Event)
 	// onState is told at every change of connection; nil means connected.
 	onState func(error)
@@ -132,7 +132,7 @@ func (c *control) connect(ctx context.Context, resume *string) error {
 		<-gctx.Done()
 		return stream.Close()
 	})
-	g.Go(func() error { return c.receive(stream, conn.RemoteAddr(), resume) })
+	g.Go(func() error { return c.receive(stream, conn, resume) })
 	return g.Wait()
 }
 
@@ -171,7 +171,7 @@ func (c *control) detach() {
 	c.stream = nil
 }
 
-func (c *control) receive(s *coord.Stream, remote netip.AddrPort, resume *string) error {
+func (c *control) receive(s *coord.Stream, conn *coord.Conn, resume *string) error {
 	for {
 		e, err := s.Next()
 		if err != nil {
@@ -179,7 +179,7 @@ func (c *control) receive(s *coord.Stream, remote netip.AddrPort, resume *string
 		}
 		switch {
 		case e.Welcome != nil:
-			c.onWelcome(e.Welcome, remote, s.STUNKey())
+			c.onWelcome(e.Welcome, conn, s.STUNKey())
 			c.publish()
 		default:
 			c.onEvent(e)

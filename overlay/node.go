@@ -110,7 +110,10 @@ func (n *Node) Up(ctx context.Context, r UpRequest, progress func(Progress)) (Up
 	if err != nil {
 		return UpResult{}, err
 	}
-	res := s.settle(ctx, progress)
+	res, err := s.settle(ctx, progress)
+	if err != nil {
+		return UpResult{}, err
+	}
 	if s.signs() && !s.settings.Announced && res.Online {
 		res.Invite = n.announce(ctx, s, progress)
 	}
@@ -367,12 +370,15 @@ const (
 
 // settle waits for the server, then a moment for the network and the peers,
 // and tells how things stand.
-func (s *session) settle(ctx context.Context, progress func(Progress)) UpResult {
+func (s *session) settle(ctx context.Context, progress func(Progress)) (UpResult, error) {
 	within(ctx, serverWait, s, func() bool { return s.synced || s.trouble != nil })
 	s.mu.Lock()
 	online, trouble := s.online && s.synced, s.trouble
 	s.mu.Unlock()
 	res := UpResult{Name: s.self.Name, IPv4: s.self.IP4, IPv6: s.self.IP6, Online: online}
+	if err := serverError(trouble, "the server"); !online && trouble != nil && KindOf(err) == Refused {
+		return res, err
+	}
 	if !online {
 		progress(Progress{Step: "server", Warn: true, Text: troubleText(trouble) + "; using the saved mesh, will keep trying"})
 	}
@@ -382,7 +388,7 @@ func (s *session) settle(ctx context.Context, progress func(Progress)) UpResult 
 	}
 	within(ctx, peersWait, s, func() bool { return s.waiting() == 0 })
 	progress(Progress{Step: "peers", Text: s.peersText()})
-	return res
+	return res, nil
 }
 
 func within(ctx context.Context, d time.Duration, s *session, done func() bool) {
@@ -391,9 +397,10 @@ func within(ctx context.Context, d time.Duration, s *session, done func() bool) 
 	s.wait(ctx, done)
 }
 
-func reflexive(list []punch.Candidate) netip.AddrPort {
+// reflexive is the outside address of one family.
+func reflexive(list []punch.Candidate, is4 bool) netip.AddrPort {
 	for _, c := range list {
-		if c.Type == punch.ServerReflexive {
+		if c.Type == punch.ServerReflexive && c.Addr.Addr().Is4() == is4 {
 			return c.Addr
 		}
 	}

@@ -52,7 +52,8 @@ type session struct {
 
 	mu      sync.Mutex
 	roster  *roster
-	outside netip.AddrPort // own address as the server last saw it
+	over4   bool           // the server is reached over IPv4
+	outside netip.AddrPort // own address of that family as the server last saw it
 	local   []netip.Prefix // own addresses
 	dirty   bool           // the cache on disk is behind
 	saved   uint64         // serial of the record in the cache on disk
@@ -268,16 +269,19 @@ func (s *session) linkChanged() error {
 }
 
 // welcome starts gathering on the server that was just reached.
-func (s *session) welcome(w *coord.Welcome, server netip.AddrPort, key []byte) {
+func (s *session) welcome(w *coord.Welcome, conn *coord.Conn, key []byte) {
 	var list []punch.Server
-	servers := map[netip.AddrPort]bool{server: true}
-	for _, port := range w.STUN {
-		a := netip.AddrPortFrom(server.Addr(), port)
-		servers[a] = true
-		list = append(list, punch.Server{Addr: a, Username: w.Session, Key: key})
+	servers := map[netip.AddrPort]bool{conn.RemoteAddr(): true}
+	for _, host := range conn.Hosts() {
+		for _, port := range w.STUN {
+			a := netip.AddrPortFrom(host, port)
+			servers[a] = true
+			list = append(list, punch.Server{Addr: a, Username: w.Session, Key: key})
+		}
 	}
 	s.servers.Store(&servers)
 	s.mu.Lock()
+	s.over4 = conn.RemoteAddr().Addr().Is4()
 	s.outside = netip.AddrPort{} // the first answer to this session is no reason to leave it
 	s.mu.Unlock()
 	s.agent.SetServers(list)
@@ -346,8 +350,8 @@ func (s *session) signal(g *coord.Signal) {
 // the router is another one or forgot everything: the connection to the server
 // went the same way.
 func (s *session) candidates(list []punch.Candidate) {
-	now := reflexive(list)
 	s.mu.Lock()
+	now := reflexive(list, s.over4)
 	moved := now.IsValid() && s.outside.IsValid() && now.Addr() != s.outside.Addr()
 	if now.IsValid() {
 		s.outside = now

@@ -204,7 +204,7 @@ func answers(old nodeRecord, a applicant) (bool, error) {
 	switch {
 	case !old.Left.IsZero():
 		return false, hinted(refuse(coord.CodeRevoked, "this device left the mesh on %s", old.Left.Format(timeLayout)),
-			"To join again, first on this machine: overlay leave")
+			"to join again, first on this machine: overlay leave")
 	case old.member() && !same:
 		return false, refuse(coord.CodeBadRequest, "this device is already a member as %q (%v)", old.Name, old.IP4)
 	case old.member() && other:

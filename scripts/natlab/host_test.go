@@ -36,11 +36,11 @@ func networkState(t *testing.T, h *Host) string {
 	}
 	var all strings.Builder
 	for _, c := range stateCommands() {
-		lines := strings.Split(output(t, h, "sh", "-c", c), "\n")
+		lines := strings.Split(unstable().ReplaceAllString(output(t, h, "sh", "-c", c), ""), "\n")
 		slices.Sort(lines)
 		fmt.Fprintf(&all, "# %s\n%s\n", c, strings.Join(lines, "\n"))
 	}
-	return unstable().ReplaceAllString(all.String(), "")
+	return all.String()
 }
 
 // unstable matches interface indices and what says whether a neighbour is

@@ -56,6 +56,9 @@ func newConn(t *tls.Conn, server string) *Conn {
 // Pin is the SHA-256 of the server's SubjectPublicKeyInfo.
 func (c *Conn) Pin() trust.Hash { return c.pin }
 
+// Server is the host:port that was dialled.
+func (c *Conn) Server() string { return c.server }
+
 // RemoteAddr is the server's address.
 func (c *Conn) RemoteAddr() netip.AddrPort { return addrPort(c.tls.RemoteAddr()) }
 

@@ -70,8 +70,8 @@ func (c *Client) Down(ctx context.Context) error {
 }
 
 // Leave gives the node's identity up and ends the daemon.
-func (c *Client) Leave(ctx context.Context) error {
-	return c.call(ctx, "POST", "/v1/leave", struct{}{}, nil)
+func (c *Client) Leave(ctx context.Context, r LeaveRequest) error {
+	return c.call(ctx, "POST", "/v1/leave", r, nil)
 }
 
 // Up brings the node up; progress is called for every step.

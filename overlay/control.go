@@ -53,6 +53,7 @@ type control struct {
 
 	mu     sync.Mutex
 	stream *coord.Stream
+	server string // host:port of the stream
 	local  netip.AddrPort
 	remote netip.AddrPort
 	serial uint64
@@ -155,7 +156,7 @@ func (c *control) cancelOnKick(ctx context.Context, cancel func()) (stop func())
 func (c *control) attach(s *coord.Stream, conn *coord.Conn) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.stream, c.local, c.remote = s, conn.LocalAddr(), conn.RemoteAddr()
+	c.stream, c.server, c.local, c.remote = s, conn.Server(), conn.LocalAddr(), conn.RemoteAddr()
 	for len(c.outbox) > 0 {
 		<-c.outbox // frames of the old connection
 	}
@@ -163,6 +164,13 @@ func (c *control) attach(s *coord.Stream, conn *coord.Conn) {
 	case <-c.stale: // the Welcome asks for it again
 	default:
 	}
+}
+
+// connected names the server of the last connection.
+func (c *control) connected() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.server
 }
 
 func (c *control) detach() {

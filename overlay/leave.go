@@ -12,9 +12,12 @@ import (
 
 // Leave revokes this device, deletes its keys and ends Run. The error says
 // that the server could not be told; the keys are gone all the same.
-func (n *Node) Leave(ctx context.Context) error {
+func (n *Node) Leave(ctx context.Context, r LeaveRequest) error {
 	n.up.Lock()
 	defer n.up.Unlock()
+	if err := n.store.mayLeave(r); err != nil {
+		return err
+	}
 	if n.current() != nil {
 		n.endSession() // it would save its netmap again
 	}
@@ -27,7 +30,7 @@ func (n *Node) Leave(ctx context.Context) error {
 const leaveWait = 5 * time.Second
 
 // Leave gives up the identity in a state directory that no daemon uses.
-func Leave(ctx context.Context, cfg Config) error {
+func Leave(ctx context.Context, cfg Config, r LeaveRequest) error {
 	cfg.setDefaults()
 	st := store{cfg.StateDir}
 	if err := st.open(); err != nil && KindOf(err) == Permission {
@@ -38,7 +41,24 @@ func Leave(ctx context.Context, cfg Config) error {
 		return err
 	}
 	defer unlock()
+	if err := st.mayLeave(r); err != nil {
+		return err
+	}
 	return st.leave(ctx, cfg)
+}
+
+// mayLeave keeps the founder from deleting the mesh's root key unawares while
+// there are other members. State that is damaged decides nothing.
+func (s store) mayLeave(r LeaveRequest) error {
+	var k keys
+	var c cache
+	_, _ = s.load(keysFile, &k)
+	_, _ = s.load(netmapFile, &c)
+	if r.ForgetRoot || len(k.Root) == 0 || len(c.Nodes) == 0 {
+		return nil
+	}
+	return fail(Failure, "copy "+s.dir+" to a safe place first, then: overlay leave --forget-root",
+		"this machine holds the only root key of the mesh: without it nobody can ever be invited again")
 }
 
 func (s store) leave(ctx context.Context, cfg Config) error {

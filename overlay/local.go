@@ -217,7 +217,12 @@ func (n *Node) handleDown(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (n *Node) handleLeave(w http.ResponseWriter, r *http.Request) {
-	answer(w, struct{}{}, n.Leave(r.Context()))
+	var q LeaveRequest
+	err := read(r, &q)
+	if err == nil {
+		err = n.Leave(r.Context(), q)
+	}
+	answer(w, struct{}{}, err)
 }
 
 // limited is a listener with a bounded number of open connections from whom it

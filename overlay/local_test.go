@@ -55,7 +55,7 @@ func TestNotJoinedIsSaidEverywhere(t *testing.T) {
 	wantKind(t, err, Refused, "has not joined a mesh")
 	_, err = c.Up(ctx, UpRequest{}, func(Progress) {})
 	wantKind(t, err, Refused, "has not joined a mesh")
-	wantKind(t, c.Leave(ctx), Refused, "has not joined a mesh")
+	wantKind(t, c.Leave(ctx, LeaveRequest{}), Refused, "has not joined a mesh")
 }
 
 func TestUpRefusesBadValuesBeforeAnything(t *testing.T) {
@@ -90,7 +90,7 @@ func TestStateOfARunningDaemonIsLocked(t *testing.T) {
 	other := cfg
 	other.Socket = filepath.Join(t.TempDir(), "s")
 	wantKind(t, New(other).Run(t.Context(), nil), Failure, "another daemon uses the state directory "+cfg.StateDir)
-	wantKind(t, Leave(t.Context(), other), Failure, "another daemon uses the state directory "+cfg.StateDir)
+	wantKind(t, Leave(t.Context(), other, LeaveRequest{}), Failure, "another daemon uses the state directory "+cfg.StateDir)
 	if _, err := net.Dial("unix", other.Socket); err == nil {
 		t.Error("the refused daemon left a socket")
 	}

@@ -193,7 +193,7 @@ func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func
 		return err
 	}
 	if joined {
-		return sameMesh(&m, r.Invite)
+		return sameMesh(&m, r)
 	}
 	if r.Invite == "" {
 		return errNotJoined()
@@ -214,16 +214,28 @@ func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func
 	if err != nil {
 		return serverError(err, inv.Server)
 	}
-	return n.store.save(meshFile, membership(got))
+	m = membership(got)
+	if cert, err := ownCert(&m); err == nil && cert.Name != cfg.Name {
+		progress(Progress{Step: "name", Warn: true, Text: fmt.Sprintf("%q is taken, or left the mesh less than a day ago; this machine is %q", cfg.Name, cert.Name)})
+	}
+	return n.store.save(meshFile, m)
 }
 
 // sameMesh refuses an invite of another mesh; one of the same mesh is not
 // needed and not used.
-func sameMesh(m *membership, invite string) error {
-	if invite == "" {
+func sameMesh(m *membership, r UpRequest) error {
+	cert, err := ownCert(m)
+	if err != nil {
+		return err
+	}
+	if r.Name != "" && r.Name != cert.Name {
+		return fail(Usage, "another name needs another invite: overlay leave, then join again with --name",
+			"this machine is %q in its mesh, not %q", cert.Name, r.Name)
+	}
+	if r.Invite == "" {
 		return nil
 	}
-	inv, err := parseInvite(invite)
+	inv, err := parseInvite(r.Invite)
 	if err != nil {
 		return err
 	}
@@ -233,10 +245,6 @@ func sameMesh(m *membership, invite string) error {
 	}
 	if inv.Kind == coord.InviteMember && inv.Hash == m.TrustHash || inv.Kind == coord.InviteOwner && inv.Hash == genesis.Pin {
 		return nil
-	}
-	cert, err := ownCert(m)
-	if err != nil {
-		return err
 	}
 	return fail(Refused, "leave it first: overlay leave", "this machine is already a member of another mesh, as %q (%s)", cert.Name, cert.IP4)
 }
@@ -381,6 +389,9 @@ func (s *session) settle(ctx context.Context, progress func(Progress)) (UpResult
 	}
 	if !online {
 		progress(Progress{Step: "server", Warn: true, Text: troubleText(trouble) + "; using the saved mesh, will keep trying"})
+	}
+	if c := s.control.connected(); online && s.settings.Server != "" && c != s.settings.Server {
+		progress(Progress{Step: "server", Warn: true, Text: fmt.Sprintf("%s is not reached; connected to %s", s.settings.Server, c)})
 	}
 	if online {
 		within(ctx, networkWait, s, func() bool { return s.outside.IsValid() })

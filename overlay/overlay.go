@@ -115,6 +115,12 @@ type UpResult struct {
 	Invite string     `json:"invite,omitempty"`
 }
 
+// LeaveRequest asks to give the identity up. The founder of a mesh that has
+// other members must say that the mesh's root key may go with it.
+type LeaveRequest struct {
+	ForgetRoot bool `json:"forgetRoot,omitempty"`
+}
+
 // Status is this node's view of the mesh.
 type Status struct {
 	Schema int          `json:"schema"`

@@ -111,6 +111,9 @@ func (s *session) peersText() string {
 func (s *session) find(name string) (*member, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if name == s.self.Name || name == s.self.IP4.String() || name == s.self.IP6.String() {
+		return nil, ThisMachine(name)
+	}
 	names := make([]string, 0, len(s.roster.members))
 	for _, m := range s.roster.members {
 		if m.cert.Name == name || m.cert.IP4.String() == name || m.cert.IP6.String() == name {
@@ -119,6 +122,11 @@ func (s *session) find(name string) (*member, error) {
 		names = append(names, m.cert.Name)
 	}
 	return nil, UnknownPeer(name, names)
+}
+
+// ThisMachine is the error for a peer that is the machine itself.
+func ThisMachine(name string) error {
+	return fail(Usage, "see: overlay status", "%q is this machine", name)
 }
 
 // UnknownPeer is the error for a name that nobody has, with the nearest of the

@@ -248,6 +248,7 @@ func (a *Agent) SetPeer(info Peer) {
 	}
 	p.published = info.Nonce
 	p.wantCall = p.wantCall || info.Online && !p.online
+	p.wantProbe = p.wantProbe || !info.Online && p.online && p.selected != nil
 	p.online = info.Online
 	if a.setCandidates(p, slices.Clone(info.Candidates), published) {
 		p.wantCall = p.wantCall || p.wanted(now)

@@ -234,14 +234,15 @@ func (p *peer) hear(q *pair, now time.Time) {
 	}
 }
 
-// expire drops a path that stays dead.
+// expire drops a path that stays dead; the sooner when it is used, or when the
+// server, too, has lost the peer.
 func (a *Agent) expire(p *peer, now time.Time) {
 	q := p.selected
 	if q == nil || !q.suspect || now.Sub(p.suspectSince) < giveUp {
 		return
 	}
 	sending := p.active(now) && !p.sendingFrom.IsZero()
-	if !sending && now.Sub(p.received) < consentExpiry {
+	if !sending && p.online && now.Sub(p.received) < consentExpiry {
 		return
 	}
 	a.log.Debug("path lost", "peer", p, "addr", q.addr)

@@ -243,6 +243,27 @@ func TestAddressLostWithSignals(t *testing.T) {
 	})
 }
 
+// TestPeerGone has the server lose a peer that does not answer either: its idle
+// path ends within seconds. One that answers keeps its path, whatever the server
+// says.
+func TestPeerGone(t *testing.T) {
+	for _, gone := range []bool{true, false} {
+		inWorld(t, func(w *world) {
+			a, b := connected(w)
+			rest(5 * time.Second)
+			if gone {
+				w.setDrop(func(x wire) bool { return x.to == b.outer })
+			}
+			b.online = false
+			a.SetPeer(b.info())
+			rest(10 * time.Second)
+			if _, ok := a.Path(b.key); ok == gone {
+				t.Errorf("gone: %v, path: %v", gone, ok)
+			}
+		})
+	}
+}
+
 // TestLocalChange wants the same of SetLocal, and nothing when it repeats itself.
 func TestLocalChange(t *testing.T) {
 	inWorld(t, func(w *world) {

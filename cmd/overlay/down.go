@@ -35,7 +35,11 @@ func downCommand() *cobra.Command {
 func stopDaemon(ctx context.Context, n *nodeFlags) error {
 	d := watchDaemon(n.socket)
 	defer d.close()
-	if err := n.client().Down(ctx); err != nil {
+	err := n.client().Down(ctx)
+	if overlay.KindOf(err) == overlay.NotRunning {
+		return failure(overlay.NotRunning, "", "the daemon is not running")
+	}
+	if err != nil {
 		return err
 	}
 	return d.wait(ctx)

@@ -37,6 +37,9 @@ func ipCommand() *cobra.Command {
 
 // findPeer looks a peer up by name or overlay address.
 func findPeer(st overlay.Status, name string) (overlay.PeerStatus, error) {
+	if s := st.Self; name == s.Name || name == s.IPv4.String() || name == s.IPv6.String() {
+		return overlay.PeerStatus{}, overlay.ThisMachine(name)
+	}
 	for _, p := range st.Peers {
 		if p.Name == name || p.IPv4.String() == name || p.IPv6.String() == name {
 			return p, nil

@@ -72,6 +72,9 @@ func pingCommand() *cobra.Command {
 }
 
 func pingText(r overlay.PingReply) string {
+	if !r.OK && !r.IP.IsValid() {
+		return clean("no reply from " + r.Name)
+	}
 	if !r.OK {
 		return clean(fmt.Sprintf("no reply from %s (%s)", r.Name, r.IP))
 	}

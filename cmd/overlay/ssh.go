@@ -54,6 +54,9 @@ func sshArgs(st overlay.Status, args []string) ([]string, error) {
 	if strings.HasPrefix(to, "-") {
 		return nil, failure(overlay.Usage, "options of ssh go after NAME", "user %q begins with \"-\"", strings.TrimSuffix(to, "@"))
 	}
+	if name == "" {
+		return nil, failure(overlay.Usage, "for example: overlay ssh root@laptop-b", "%q names no peer", args[0])
+	}
 	p, err := findPeer(st, name)
 	if err != nil {
 		return nil, err

@@ -148,6 +148,9 @@ func explain(err error, flag, address, network string) error {
 	case errors.Is(err, fs.ErrPermission):
 		why = "ports below 1024 need root or CAP_NET_BIND_SERVICE"
 	}
+	if port < 1 || other > 65535 {
+		return &listenError{fmt.Sprintf("cannot listen on %s: %s. Use %s [HOST]:PORT", shown, why, flag), err}
+	}
 	return &listenError{fmt.Sprintf("cannot listen on %s: %s. Try %s :%d", shown, why, flag, other), err}
 }
 

@@ -21,6 +21,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -106,8 +107,8 @@ func checkPrefix(p netip.Prefix) error {
 	if p == (netip.Prefix{}) {
 		return nil
 	}
-	if !p.IsValid() || !p.Addr().Is4() || p != p.Masked() || p.Bits() < 8 || p.Bits() > 30 {
-		return fmt.Errorf("--prefix %v is not an IPv4 network of /8 to /30, like 100.80.0.0/16", p)
+	if err := trust.ValidPrefix4(p); err != nil {
+		return fmt.Errorf("--prefix %v is not usable, take one like 100.80.0.0/16: %w", p, err)
 	}
 	return nil
 }
@@ -169,15 +170,15 @@ func (s *Server) assemble(c Config) error {
 	if err := s.hub.load(context.Background()); err != nil {
 		return err
 	}
-	return s.makeOwnerInvite(pin)
+	return s.makeOwnerInvite(c, pin)
 }
 
 // makeOwnerInvite voids the last owner invite and makes a new one, as long as
 // nobody owns the mesh.
-func (s *Server) makeOwnerInvite(pin trust.Hash) error {
+func (s *Server) makeOwnerInvite(c Config, pin trust.Hash) error {
 	return update(context.Background(), s.store, func(t *txn) error {
-		if _, founded := get[meshRecord](t, keyMesh); founded || t.err != nil {
-			return nil
+		if mesh, founded := get[meshRecord](t, keyMesh); founded || t.err != nil {
+			return s.warnFixed(c, mesh)
 		}
 		get[ownerRecord](t, keyOwner)
 		var err error
@@ -189,6 +190,29 @@ func (s *Server) makeOwnerInvite(pin trust.Hash) error {
 		s.ownerless = true
 		return nil
 	})
+}
+
+// warnFixed says which flags come too late: the owner signed the mesh's name,
+// prefix and servers.
+func (s *Server) warnFixed(c Config, mesh meshRecord) error {
+	genesis, err := trust.OpenGenesis(mesh.Genesis)
+	if err != nil {
+		return err
+	}
+	state, err := trust.OpenState(mesh.State, genesis.Root)
+	if err != nil {
+		return err
+	}
+	if c.Mesh != defaultMesh && c.Mesh != state.Name {
+		s.log.Warn("--mesh has no effect: the mesh is founded already", "name", state.Name)
+	}
+	if c.Prefix.IsValid() && c.Prefix != state.Prefix4 {
+		s.log.Warn("--prefix has no effect: the mesh is founded already", "prefix", state.Prefix4)
+	}
+	if c.Public != "" && !slices.Contains(state.Servers, s.public) {
+		s.log.Warn("--public has no effect on the mesh, which is founded already; nodes need: overlay up --server "+s.public, "servers", state.Servers)
+	}
+	return nil
 }
 
 // OwnerInvite is the invite that makes its user the owner of the mesh, and

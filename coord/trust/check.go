@@ -39,7 +39,7 @@ func (s State) check() error {
 	if err := ValidName(s.Name); err != nil {
 		return err
 	}
-	if err := checkPrefix4(s.Prefix4); err != nil {
+	if err := ValidPrefix4(s.Prefix4); err != nil {
 		return err
 	}
 	if err := checkServers(s.Servers); err != nil {
@@ -51,9 +51,9 @@ func (s State) check() error {
 	return checkSigners(s.Signers)
 }
 
-// checkPrefix4 accepts only addresses that are nobody's on the Internet, so
+// ValidPrefix4 refuses what a State's Prefix4 may not be. It accepts only addresses that are nobody's on the Internet, so
 // that no State draws the traffic to foreign hosts into the mesh.
-func checkPrefix4(p netip.Prefix) error {
+func ValidPrefix4(p netip.Prefix) error {
 	shared := netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64}), 10) // RFC 6598
 	if !p.IsValid() || !p.Addr().Is4() || p != p.Masked() || p.Bits() < minPrefix4 || p.Bits() > maxPrefix4 {
 		return fmt.Errorf("prefix %v is not an IPv4 network of /%d to /%d", p, minPrefix4, maxPrefix4)

@@ -28,6 +28,7 @@ const (
 	forceGSO = "+gso" // also on kernels known to mangle trains
 	offGRO   = "-gro"
 	offTSO   = "-tso"
+	offLarge = "-large" // plain WireGuard format, to and from all peers
 )
 
 // switched reports whether one of Config.Offloads's switches is set.

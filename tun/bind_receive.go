@@ -47,6 +47,7 @@ type receiver struct {
 	index    uint32    // of the messages being counted
 	peer     *peer     // whose session that is
 	taken    int       // how many
+	bytes    int       // and how large
 	timer    *time.Timer
 	errno    syscall.Errno
 	run      func(fd uintptr) bool
@@ -101,7 +102,7 @@ func (r *receiver) receive(packets [][]byte, sizes []int, eps []conn.Endpoint) (
 				return 0, net.ErrClosed
 			}
 		}
-		if r.b.inbound.wait(r.timer, r.s.done) == 0 {
+		if room, _ := r.b.inbound.wait(r.timer, r.s.done); room == 0 {
 			return 0, net.ErrClosed
 		}
 		if n := r.deliver(packets, sizes, eps); n > 0 {
@@ -156,14 +157,15 @@ func (r *receiver) take(b []byte) {
 		r.peer, r.index = r.b.peers.byIndex(i), i
 	}
 	r.taken++
+	r.bytes += len(b)
 }
 
 // charge books what take counted.
 func (r *receiver) charge() {
 	if r.taken > 0 && r.peer != nil {
-		r.b.inbound.take(&r.peer.in, r.taken)
+		r.b.inbound.take(&r.peer.in, r.taken, r.bytes)
 	}
-	r.taken = 0
+	r.taken, r.bytes = 0, 0
 }
 
 // advance puts the next message under the cursor.

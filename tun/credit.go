@@ -9,6 +9,7 @@ import (
 // 64 KiB, and its own queues have room for gigabytes of them.
 const (
 	creditLimit   = 256                    // messages in flight, one direction
+	creditBytes   = 512 << 10              // bytes in flight, one direction; the last message may exceed it
 	creditStall   = 5 * time.Millisecond   // no progress for so long: the messages are lost or parked
 	creditLive    = time.Second            // progress within this: lost, not parked
 	parkedLimit   = 64                     // messages let through to a peer without a session
@@ -21,17 +22,19 @@ const (
 // replay) is written off after creditStall without progress of its peer.
 // Safe for concurrent use.
 type credit struct {
-	mu   sync.Mutex
-	held int
-	busy []*account // accounts with held > 0, and some that had
-	base time.Time
-	wake chan struct{} // holds one token
+	mu    sync.Mutex
+	held  int
+	bytes int
+	busy  []*account // accounts with held > 0, and some that had
+	base  time.Time
+	wake  chan struct{} // holds one token
 }
 
 // account is one peer's share of a credit, guarded by the credit's mutex. The
 // zero value is ready.
 type account struct {
 	held     int
+	bytes    int // of the messages held, as far as settle can tell
 	listed   bool
 	moved    time.Duration // last progress, or begin of waiting for it
 	settled  time.Duration // last settle; meaningful once seen
@@ -45,10 +48,13 @@ func newCredit() *credit {
 	return &credit{base: time.Now(), wake: make(chan struct{}, 1)}
 }
 
-// take counts n messages for a. False means that a is parked and has had its
+// full reports whether there is no room. Call with mu held.
+func (c *credit) full() bool { return c.held >= creditLimit || c.bytes >= creditBytes }
+
+// take counts n messages of so many bytes in all for a. False means that a is parked and has had its
 // share: sending side drops the messages, the receiving side passes them
 // uncounted.
-func (c *credit) take(a *account, n int) bool {
+func (c *credit) take(a *account, n, bytes int) bool {
 	now := time.Since(c.base)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -64,6 +70,8 @@ func (c *credit) take(a *account, n int) bool {
 	}
 	a.held += n
 	c.held += n
+	a.bytes += bytes
+	c.bytes += bytes
 	return true
 }
 
@@ -76,17 +84,22 @@ func (a *account) trickle(n int, now time.Duration) bool {
 	return true
 }
 
-// settle takes back up to n messages of a.
+// settle takes back up to n messages of a, and their share of its bytes: who
+// settles cannot tell the sizes exactly.
 func (c *credit) settle(a *account, n int) {
 	now := time.Since(c.base)
 	c.mu.Lock()
-	full := c.held >= creditLimit
-	n = min(n, a.held)
-	a.held -= n
-	c.held -= n
+	full := c.full()
+	if n = min(n, a.held); n > 0 {
+		share := a.bytes * n / a.held
+		a.bytes -= share
+		c.bytes -= share
+		a.held -= n
+		c.held -= n
+	}
 	a.moved, a.settled, a.seen = now, now, true
 	a.parked, a.admitted = false, 0
-	full = full && c.held < creditLimit
+	full = full && !c.full()
 	c.mu.Unlock()
 	if full {
 		select {
@@ -96,15 +109,16 @@ func (c *credit) settle(a *account, n int) {
 	}
 }
 
-// wait blocks until there is room and returns how much, or 0 when done is
-// closed. The timer is the caller's, stopped or expired.
-func (c *credit) wait(timer *time.Timer, done <-chan struct{}) int {
+// wait blocks until there is room and returns how much, in messages and in
+// bytes, or 0 when done is closed. The timer is the caller's, stopped or
+// expired.
+func (c *credit) wait(timer *time.Timer, done <-chan struct{}) (messages, bytes int) {
 	for {
 		c.mu.Lock()
-		room := creditLimit - c.held
+		messages, bytes = creditLimit-c.held, creditBytes-c.bytes
 		c.mu.Unlock()
-		if room > 0 {
-			return room
+		if messages > 0 && bytes > 0 {
+			return messages, bytes
 		}
 		timer.Reset(creditStall)
 		select {
@@ -114,7 +128,7 @@ func (c *credit) wait(timer *time.Timer, done <-chan struct{}) int {
 			c.expire()
 		case <-done:
 			timer.Stop()
-			return 0
+			return 0, 0
 		}
 	}
 }
@@ -128,6 +142,8 @@ func (c *credit) expire() {
 	for _, a := range c.busy {
 		if a.held > 0 && now-a.moved >= creditStall {
 			c.held -= a.held
+			c.bytes -= a.bytes
+			a.bytes = 0
 			a.parked = !a.seen || now-a.settled >= creditLive
 			if a.parked {
 				a.admitted, a.next = a.held, now+parkedTrickle

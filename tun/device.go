@@ -101,6 +101,7 @@ func (d *Device) openTUN() error {
 		return fmt.Errorf("make interface %q: %w", c.Name, err)
 	}
 	d.peers = newPeers()
+	d.peers.large = !c.switched(offLarge)
 	d.bind = newBind(c, d.peers)
 	if d.tunnel, err = newTunnel(native, d.peers, d.bind, c); err != nil {
 		return errors.Join(fmt.Errorf("take over interface %q: %w", c.Name, err), native.Close())
@@ -189,6 +190,14 @@ func (d *Device) waitClosed(ctx context.Context) error {
 // where it is above zero. It never blocks, and refuses to send into Config.Mesh.
 func (d *Device) Send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
 	return d.bind.send(b, to, from, ttl)
+}
+
+// Capabilities are those of this node, to be published in its record.
+func (d *Device) Capabilities() Capabilities {
+	if d.config.switched(offLarge) || !d.tunnel.reader.offloads.header {
+		return 0
+	}
+	return Large
 }
 
 // Port is the UDP port of both families.

@@ -20,12 +20,16 @@ const (
 const silence = time.Second
 
 // peer is what the TUN and the Bind share about one peer. It stays the same
-// object as long as the peer is in the netmap. Capabilities and the size of
-// messages belong here when there are any but the plain ones.
+// object as long as the peer is in the netmap.
 type peer struct {
 	key      Key
 	initiate atomic.Bool // this side starts handshakes
 	pathed   atomic.Bool // the endpoint last made is a path, not a handle
+	large    atomic.Bool // takes large messages, and this side may send them
+
+	inner4 atomic.Pointer[netip.Addr] // its overlay IPv4, for containers; nil: none
+	level  leveler                    // size of messages to it
+	meter  meter                      // losses of messages from it
 
 	sent     atomic.Uint64 // packets with content given to a socket
 	received atomic.Uint64 // packets written to the TUN
@@ -44,6 +48,8 @@ type peer struct {
 // handle, and by the session indices this side handed out. Safe for concurrent
 // use.
 type peers struct {
+	large bool // this side sends large messages
+
 	mu      sync.RWMutex
 	keys    map[Key]*peer
 	inner   map[netip.Addr]*peer
@@ -74,9 +80,14 @@ func (t *peers) set(list []Peer) {
 		}
 		p.initiate.Store(want.Initiate)
 		keep[want.Key] = p
+		p.large.Store(t.large && want.Capabilities&Large != 0)
+		p.inner4.Store(nil)
 		for _, a := range want.AllowedIPs {
 			if a.IsSingleIP() {
 				t.inner[a.Addr()] = p
+				if one := a.Addr(); one.Is4() {
+					p.inner4.Store(&one)
+				}
 			}
 		}
 	}
@@ -167,6 +178,7 @@ func (t *peers) path(k Key, to netip.AddrPort) *endpoint {
 	if e := t.paths[to]; e != nil && e.peer == p {
 		return e
 	}
+	p.level.reset()
 	e := newEndpoint(to, p)
 	t.list(p, e)
 	return e

@@ -34,7 +34,8 @@ type Config struct {
 	// Bind drops what is sent there and calls Demand.
 	Mesh []netip.Prefix
 	// Offloads switches parts of the data path off: "-gso", "-gro", "-tso",
-	// comma-separated; empty means all on.
+	// "-large", comma-separated; empty means all on. Without "-large" peers that
+	// can take large messages get them.
 	Offloads string
 
 	// Receive gets every STUN-shaped datagram, in the receiving goroutine, with
@@ -48,6 +49,14 @@ type Config struct {
 	Log *slog.Logger // nil: silent
 }
 
+// Capabilities are what a node takes beyond the plain WireGuard format, one bit
+// each, as in its signed record. Unknown bits mean nothing.
+type Capabilities uint32
+
+// Large says that a node takes large messages: fragments, containers, partial
+// checksums.
+const Large Capabilities = 1 << 0
+
 // Peer is a peer as the netmap wants it.
 type Peer struct {
 	Key        Key
@@ -59,6 +68,8 @@ type Peer struct {
 	// Initiate says that this side starts handshakes; the other side's own
 	// initiations are held back for a moment (see Bind).
 	Initiate bool
+	// Capabilities are those of the peer's record; 0 is a plain WireGuard peer.
+	Capabilities Capabilities
 }
 
 // Stats is what wireguard-go counts for a peer.

@@ -134,7 +134,7 @@ func (n *tunnel) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	for {
 		r.room = 0
 		if r.super.left() == 0 { // otherwise there are packets already counted
-			if r.room = n.bind.out.wait(r.timer, n.done); r.room == 0 {
+			if r.room, r.bytes = n.bind.out.wait(r.timer, n.done); r.room == 0 {
 				return 0, os.ErrClosed
 			}
 		}

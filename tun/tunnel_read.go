@@ -33,7 +33,8 @@ type reader struct {
 	sizes  []int
 	offset int
 	count  int
-	room   int
+	room   int // credits left, in messages
+	bytes  int // and in bytes
 	errno  syscall.Errno
 }
 
@@ -58,7 +59,7 @@ func (r *reader) fill(fd uintptr) bool {
 			r.cut()
 			continue
 		}
-		if r.room <= 0 {
+		if r.room <= 0 || r.bytes <= 0 {
 			break
 		}
 		n, errno := r.readv(fd)
@@ -143,9 +144,10 @@ func (r *reader) admit(p []byte, n int) bool {
 	if !r.peer.pathed.Load() {
 		r.n.bind.demand(r.peer)
 	}
-	if !r.n.bind.out.take(&r.peer.out, n) {
+	if !r.n.bind.out.take(&r.peer.out, n, len(p)) {
 		return false
 	}
 	r.room -= n
+	r.bytes -= len(p)
 	return true
 }

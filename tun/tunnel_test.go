@@ -252,7 +252,7 @@ func TestWriteJoinsAndCounts(t *testing.T) {
 	n, f := fakeTunnel(t, everything, Config{})
 	s := segments{size: 1000, payload: pattern(20500, 2)}
 	p := n.peers.byAddr(innerA)
-	n.bind.inbound.take(&p.in, 21)
+	n.bind.inbound.take(&p.in, 21, 0)
 	var bufs [][]byte
 	for _, b := range s.packets() {
 		bufs = append(bufs, append(make([]byte, testOffset), b...))

@@ -20,6 +20,9 @@ func (r UpRequest) Check() error {
 		MTU:        cmp.Or(r.MTU, DefaultMTU),
 		ListenPort: cmp.Or(r.ListenPort, firstPort),
 	}
+	if r.Offloads != nil {
+		c.Offloads = *r.Offloads
+	}
 	return c.check()
 }
 

@@ -17,6 +17,7 @@ import (
 	"overlay/coord"
 	"overlay/coord/trust"
 	"overlay/punch"
+	"overlay/tun"
 )
 
 var errNoServer = errors.New("not connected to the coordination server")
@@ -40,6 +41,8 @@ type control struct {
 	verify  func(trust.Hash) error
 	// candidates are the own ones, with the newest tokens.
 	candidates func() []punch.Candidate
+	// takes is what this node takes beyond the plain WireGuard format.
+	takes func() tun.Capabilities
 	// onWelcome and onEvent are called in order from one goroutine.
 	onWelcome func(*coord.Welcome, *coord.Conn, []byte)
 	onEvent   func(coord.Event)
@@ -251,11 +254,12 @@ func (c *control) publish() {
 // below one that was given out: peers refuse lower ones for ever, and clocks
 // are set back.
 func (c *control) record() (*coord.Publish, error) {
-	list := c.candidates()
+	list, takes := c.candidates(), c.takes()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.serial = max(c.serial+1, uint64(time.Now().UnixMilli()))
-	return newPublish(c.device, c.nonce, c.serial, list)
+	rec := trust.Record{Serial: c.serial, Nonce: c.nonce, Capabilities: uint32(takes)}
+	return newPublish(c.device, rec, list)
 }
 
 // published is the serial of the last record, 0 before the first.
@@ -275,11 +279,11 @@ func (c *control) resumeSerial(saved uint64) {
 	c.serial = max(c.serial, min(saved, math.MaxUint64/2)+serialGap)
 }
 
-// newPublish makes the signed record of what may be published: server-reflexive
-// candidates with their tokens and global IPv6 addresses. Private addresses
-// travel only in sealed signals.
-func newPublish(device ed25519.PrivateKey, nonce punch.Nonce, serial uint64, list []punch.Candidate) (*coord.Publish, error) {
-	rec := trust.Record{Device: trust.Key(device.Public().(ed25519.PublicKey)), Serial: serial, Nonce: nonce}
+// newPublish completes a record and signs it, with those of the candidates that
+// may be published: server-reflexive ones with their tokens and global IPv6
+// addresses. Private addresses travel only in sealed signals.
+func newPublish(device ed25519.PrivateKey, rec trust.Record, list []punch.Candidate) (*coord.Publish, error) {
+	rec.Device = trust.Key(device.Public().(ed25519.PublicKey))
 	var tokens [][]byte
 	hosts := 0
 	for _, cand := range list {

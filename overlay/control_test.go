@@ -10,12 +10,14 @@ import (
 	"overlay/coord"
 	"overlay/coord/trust"
 	"overlay/punch"
+	"overlay/tun"
 )
 
 func newTestControl(t *testing.T) *control {
 	return &control{
 		device:     newKey(t),
 		candidates: func() []punch.Candidate { return nil },
+		takes:      func() tun.Capabilities { return tun.Large },
 		log:        slog.New(slog.DiscardHandler),
 		stale:      make(chan struct{}, 1),
 		outbox:     make(chan coord.Report, outboxSize),
@@ -81,6 +83,17 @@ func TestRecordSerialIsTheTime(t *testing.T) {
 	start := uint64(time.Now().UnixMilli())
 	if got := serialOf(t, c); got < start || got > uint64(time.Now().UnixMilli()) {
 		t.Fatalf("serial %d is not the time, %d", got, start)
+	}
+}
+
+func TestRecordSaysWhatTheNodeTakes(t *testing.T) {
+	c := newTestControl(t)
+	for _, takes := range []tun.Capabilities{tun.Large, 0} {
+		c.takes = func() tun.Capabilities { return takes }
+		p := must[*coord.Publish](t)(c.record())
+		if got := must[trust.Record](t)(trust.OpenRecord(p.Record)).Capabilities; got != uint32(takes) {
+			t.Fatalf("capabilities %b, want %b", got, takes)
+		}
 	}
 }
 

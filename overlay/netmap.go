@@ -183,6 +183,8 @@ func (r *roster) peers(own punch.Key) []tun.Peer {
 			Handle:     m.cert.IP6,
 			Keepalive:  keepalive,
 			Initiate:   bytes.Compare(own[:], m.cert.WireGuard[:]) < 0,
+
+			Capabilities: tun.Capabilities(m.record.Capabilities),
 		})
 	}
 	return list

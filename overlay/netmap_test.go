@@ -16,6 +16,7 @@ import (
 	"overlay/coord"
 	"overlay/coord/trust"
 	"overlay/punch"
+	"overlay/tun"
 )
 
 // testMesh holds every key of a mesh, so that tests can sign the truth and lies.
@@ -228,6 +229,43 @@ func TestRosterKeepsNewestRecord(t *testing.T) {
 	}
 }
 
+// What a peer takes is what its latest record says, for the data plane as well.
+// Bits of later programs go along and mean nothing there.
+func TestCapabilitiesAreThoseOfTheLatestRecord(t *testing.T) {
+	m := newTestMesh(t)
+	self, bob := m.node("alice", m.signer), m.node("bob", m.signer)
+	own := punch.Key(self.w.PublicKey())
+	takes := func(r *roster) tun.Capabilities { return r.peers(own)[0].Capabilities }
+	r := m.roster(self)
+	r.apply(&coord.Netmap{Nodes: []coord.Node{bob.node}}, true)
+	if got := takes(r); got != 0 {
+		t.Fatalf("capabilities %b before any record", got)
+	}
+	const later = 1 << 31
+	for i, step := range []struct {
+		serial    uint64
+		say, want tun.Capabilities
+	}{
+		{5, tun.Large, tun.Large},
+		{4, 0, tun.Large}, // replayed
+		{6, 0, 0},
+		{7, tun.Large | later, tun.Large | later},
+		{8, later, later},
+	} {
+		n := bob.node
+		n.Record = must[*coord.Publish](t)(newPublish(bob.device, trust.Record{Serial: step.serial, Capabilities: uint32(step.say)}, nil)).Record
+		r.apply(&coord.Netmap{Nodes: []coord.Node{n}}, false)
+		if got := takes(r); got != step.want {
+			t.Fatalf("step %d: capabilities %b, want %b", i, got, step.want)
+		}
+		again := m.roster(self)
+		again.apply(&coord.Netmap{Nodes: r.snapshot().Nodes}, true)
+		if got := takes(again); got != step.want {
+			t.Fatalf("step %d: capabilities %b after a restart from the cache, want %b", i, got, step.want)
+		}
+	}
+}
+
 func TestOneSideInitiates(t *testing.T) {
 	m := newTestMesh(t)
 	a, b := m.node("alice", m.signer), m.node("bob", m.signer)
@@ -248,7 +286,7 @@ func TestOneSideInitiates(t *testing.T) {
 func TestPublishNamesNoPrivateAddress(t *testing.T) {
 	device := newKey(t)
 	addr := netip.MustParseAddrPort
-	p := must[*coord.Publish](t)(newPublish(device, punch.Nonce{1}, 7, []punch.Candidate{
+	p := must[*coord.Publish](t)(newPublish(device, trust.Record{Nonce: punch.Nonce{1}, Serial: 7}, []punch.Candidate{
 		{Addr: addr("203.0.113.9:4000"), Type: punch.ServerReflexive, Token: []byte("t")},
 		{Addr: addr("203.0.113.9:4001"), Type: punch.ServerReflexive}, // unproven
 		{Addr: addr("192.168.1.5:4000"), Type: punch.Host},

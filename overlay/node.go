@@ -155,6 +155,9 @@ func (n *Node) merge(r UpRequest) (*settings, error) {
 	if r.ListenPort != 0 {
 		c.ListenPort = r.ListenPort
 	}
+	if r.Offloads != nil {
+		c.Offloads = *r.Offloads
+	}
 	return c, c.check()
 }
 
@@ -172,6 +175,9 @@ func (c *settings) check() error {
 	}
 	if len(c.Interface) > 15 || !plainName(c.Interface) {
 		return fail(Usage, "use at most 15 letters, digits, \"-\", \"_\" or \".\"", "--interface %q is not a usable name", c.Interface)
+	}
+	if err := tun.CheckOffloads(c.Offloads); err != nil {
+		return fail(Usage, "separate several by commas: --offloads -gso,-gro", "%v", err)
 	}
 	return nil
 }

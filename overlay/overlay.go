@@ -34,7 +34,6 @@ type Config struct {
 	StateDir string
 	Socket   string
 	Version  string
-	Offloads string       // see tun.Config
 	Log      *slog.Logger // nil: silent
 }
 
@@ -95,6 +94,9 @@ type UpRequest struct {
 	Interface  string `json:"interface,omitempty"`
 	MTU        int    `json:"mtu,omitempty"`
 	ListenPort int    `json:"listenPort,omitempty"`
+	// Offloads switches parts of the data path off, as in tun.Config; an empty
+	// one switches all on again.
+	Offloads *string `json:"offloads,omitempty"`
 }
 
 // Progress is one step of coming up, for people. Warn marks a step that did

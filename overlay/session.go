@@ -126,6 +126,7 @@ func (s *session) newControl(m *membership) {
 			return pinned(s.roster.mesh)(pin)
 		},
 		candidates: s.agent.Candidates,
+		takes:      func() tun.Capabilities { return s.dev.Load().Capabilities() },
 		onWelcome:  s.welcome,
 		onEvent:    s.event,
 		onState:    s.connection,
@@ -176,7 +177,7 @@ func (s *session) openDevice(cfg Config) error {
 		Addrs:      []netip.Prefix{host(s.self.IP4), host(s.self.IP6)},
 		Routes:     routes,
 		Mesh:       s.mesh,
-		Offloads:   cfg.Offloads,
+		Offloads:   s.settings.Offloads,
 		Receive:    s.agent.Receive,
 		Demand:     func(k tun.Key) { s.agent.Demand(punch.Key(k)) },
 		Log:        cfg.Log,

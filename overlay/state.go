@@ -57,6 +57,7 @@ type settings struct {
 	Interface  string         `json:"interface"`
 	MTU        int            `json:"mtu"`
 	ListenPort int            `json:"listenPort"`
+	Offloads   string         `json:"offloads,omitempty"`
 	Announced  bool           `json:"announced,omitempty"` // the founder's first invite was given out
 	Nonces     [2]punch.Nonce `json:"nonces"`
 	NonceTime  time.Time      `json:"nonceTime"`

@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,20 +20,6 @@ const batchSize = conn.IdealBatchSize
 
 // portTries bounds the search for a port that is free in both families.
 const portTries = 100
-
-// Switches of Config.Offloads.
-const (
-	offGSO   = "-gso"
-	forceGSO = "+gso" // also on kernels known to mangle trains
-	offGRO   = "-gro"
-	offTSO   = "-tso"
-	offLarge = "-large" // plain WireGuard format, to and from all peers
-)
-
-// switched reports whether one of Config.Offloads's switches is set.
-func (c *Config) switched(name string) bool {
-	return slices.Contains(strings.Split(c.Offloads, ","), name)
-}
 
 // logger is Config.Log, or a silent one.
 func (c *Config) logger() *slog.Logger {

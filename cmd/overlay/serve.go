@@ -21,9 +21,6 @@ import (
 // joinWait is how long a daemon without a mesh waits for an invite.
 const joinWait = 60 * time.Second
 
-// offloadsEnv holds the off switches of the data path, as Config.Offloads.
-const offloadsEnv = "OVERLAY_OFFLOADS"
-
 // serve is the daemon itself.
 func (v *upVerb) serve(cmd *cobra.Command) error {
 	state, socket, err := v.node.places()
@@ -37,7 +34,7 @@ func (v *upVerb) serve(cmd *cobra.Command) error {
 		}
 	}
 	c := overlay.Config{
-		StateDir: state, Socket: socket, Version: version(), Offloads: os.Getenv(offloadsEnv),
+		StateDir: state, Socket: socket, Version: version(),
 		Log: slog.New(slog.NewTextHandler(log, nil)),
 	}
 	if err := overlay.CheckState(c, true); err != nil {

@@ -14,6 +14,7 @@ import (
 
 const (
 	inviteEnv      = "OVERLAY_INVITE"
+	offloadsEnv    = "OVERLAY_OFFLOADS"
 	maxInviteInput = 8 << 10
 )
 
@@ -21,6 +22,7 @@ const (
 type upVerb struct {
 	node       *nodeFlags
 	request    overlay.UpRequest
+	offloads   string
 	foreground bool
 	daemon     bool
 }
@@ -33,7 +35,14 @@ func upCommand() *cobra.Command {
 		Short: "join the mesh if needed, connect, and return when online",
 		Long: `Joins with an invite the first time, connects, and returns when this machine is
 online; a daemon stays. With "-" the invite is read from standard input; it may
-also be in the variable OVERLAY_INVITE. Flags are remembered.`,
+also be in the variable OVERLAY_INVITE. Flags are remembered.
+
+--offloads switches parts of the data path off, to find out which of them a
+network, a driver or a kernel does not bear: a list, separated by commas, of
+-gso and -gro (many datagrams at a time to and from the UDP sockets), -tso (large
+packets to and from the interface) and -large (large messages to and from peers).
++gso uses the first one even where the kernel is known to mangle it, "" switches
+all on again. The variable OVERLAY_OFFLOADS says the same.`,
 		Args: cobra.MaximumNArgs(1),
 	}
 	v.node = addNodeFlags(cmd, "state", "interface", "listen-port")
@@ -41,6 +50,7 @@ also be in the variable OVERLAY_INVITE. Flags are remembered.`,
 	f.StringVar(&v.request.Name, "name", "", "name of this machine (default its host name)")
 	f.StringVar(&v.request.Server, "server", "", "HOST:PORT of the server, instead of the invite's")
 	f.IntVar(&v.request.MTU, "mtu", 0, fmt.Sprintf("MTU of the interface (default %d)", overlay.DefaultMTU))
+	f.StringVar(&v.offloads, "offloads", "", "parts of the data path to switch off: -gso,-gro,-tso,-large,+gso")
 	f.BoolVar(&v.foreground, "foreground", false, "run the daemon here, log to standard error")
 	f.BoolVar(&v.daemon, "daemon", false, "run the daemon here, log to the state directory, wait for another up")
 	f.Lookup("daemon").Hidden = true
@@ -64,6 +74,12 @@ func (v *upVerb) read(cmd *cobra.Command, args []string) error {
 		if value == 0 && cmd.Flags().Changed(name) {
 			return failure(overlay.Usage, "leave the flag out to keep what is saved", "--%s 0 is out of range", name)
 		}
+	}
+	switch set := os.Getenv(offloadsEnv); {
+	case cmd.Flags().Changed("offloads"):
+		v.request.Offloads = &v.offloads
+	case set != "":
+		v.request.Offloads = &set
 	}
 	var err error
 	if v.request.Invite, err = readInvite(cmd, args); err != nil {

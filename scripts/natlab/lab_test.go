@@ -45,7 +45,7 @@ func buildOnce() (remove func(), err error) {
 	}
 	remove = func() { os.RemoveAll(dir) }
 	binary := filepath.Join(dir, programName)
-	if err := compile(context.Background(), binary); err != nil {
+	if err := compile(context.Background(), programPath, binary); err != nil {
 		remove()
 		return nil, err
 	}

@@ -55,7 +55,14 @@ type member struct {
 
 func newMesh(t *testing.T) *mesh {
 	t.Helper()
-	m := &mesh{Lab: newLab(t, Options{Binary: os.Getenv(envBinary)})}
+	return newMeshIn(t, Options{})
+}
+
+// newMeshIn is newMesh in an Internet of another kind.
+func newMeshIn(t *testing.T, opts Options) *mesh {
+	t.Helper()
+	opts.Binary = os.Getenv(envBinary)
+	m := &mesh{Lab: newLab(t, opts)}
 	if err := m.Build(t.Context()); err != nil {
 		t.Fatal(err)
 	}

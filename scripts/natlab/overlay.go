@@ -29,21 +29,22 @@ func (l *Lab) Build(ctx context.Context) error {
 		if l.opts.Binary != "" {
 			l.buildErr = copyProgram(to, l.opts.Binary)
 		} else {
-			l.buildErr = compile(ctx, to)
+			l.buildErr = compile(ctx, programPath, to)
 		}
 	})
 	return l.buildErr
 }
 
-func compile(ctx context.Context, to string) error {
+// compile builds a program of this module, or of one that it uses.
+func compile(ctx context.Context, path, to string) error {
 	tool, err := exec.LookPath("go")
 	if err != nil {
 		tool = "/usr/local/go/bin/go"
 	}
-	cmd := exec.CommandContext(ctx, tool, "build", "-trimpath", "-ldflags", "-s -w", "-o", to, programPath)
+	cmd := exec.CommandContext(ctx, tool, "build", "-trimpath", "-ldflags", "-s -w", "-o", to, path)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("build %s: %w: %s", programPath, err, bytes.TrimSpace(out))
+		return fmt.Errorf("build %s: %w: %s", path, err, bytes.TrimSpace(out))
 	}
 	return nil
 }

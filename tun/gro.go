@@ -67,50 +67,86 @@ func (l *layout) verify(p []byte) bool {
 	return fold(sum(p[l.transport:], l.pseudo(len(p)))) == 0xffff
 }
 
+// sumOffset is where the checksum is in the transport header.
+func (l *layout) sumOffset() int {
+	if l.flow.proto == unix.IPPROTO_UDP {
+		return udpSum
+	}
+	return tcpSum
+}
+
 // pseudo is the pseudo-header sum of a packet of size bytes.
 func (l *layout) pseudo(size int) uint64 {
 	return pseudoSum(l.flow.addrs[:], l.flow.proto, size-l.transport)
 }
 
+// piece is a packet, or a super-packet of a peer, on its way to the kernel.
+type piece struct {
+	data     []byte
+	layout   layout
+	partial  bool // its sender vouches for it: the checksum holds the pseudo-header's sum
+	segment  int  // payload of a packet, of a super-packet that of all but the last
+	segments int  // packets it is split into
+}
+
+// pieceOf is the piece of one packet with full checksums.
+func pieceOf(p []byte) piece {
+	l := layoutOf(p)
+	return piece{data: p, layout: l, segment: len(p) - l.headers, segments: 1}
+}
+
+// ends reports whether nothing can follow the piece in a super-packet of
+// segments of that size.
+func (p *piece) ends(segment int) bool {
+	l := &p.layout
+	return !l.joinable || (len(p.data)-l.headers)%segment != 0 ||
+		l.flow.proto == unix.IPPROTO_TCP && p.data[l.transport+tcpFlags]&flagPSH != 0
+}
+
 // group is packets that leave as one super-packet: neighbours of one flow, the
 // payload of all but the last of one size.
 type group struct {
-	layout  layout
-	packets [][]byte
-	size    int  // all bytes once joined
-	checked bool // the checksum of the first is right
-	closed  bool
+	layout   layout
+	packets  [][]byte
+	size     int  // all bytes once joined
+	segment  int  // payload of each
+	segments int  // how many, once split
+	partial  bool // the checksums hold the pseudo-headers' sums
+	checked  bool // the checksum of the first is right
+	closed   bool
 }
 
 // begin makes g the group of p alone.
-func (g *group) begin(p []byte, l layout) {
-	g.layout, g.size, g.checked, g.closed = l, len(p), false, !l.joinable
-	g.packets = append(g.packets[:0], p)
-	if l.flow.proto == unix.IPPROTO_TCP && p[l.transport+tcpFlags]&flagPSH != 0 {
-		g.closed = true
-	}
+func (g *group) begin(p *piece) {
+	g.layout, g.size, g.segment, g.segments = p.layout, len(p.data), p.segment, p.segments
+	g.partial, g.checked, g.closed = p.partial, false, p.ends(p.segment)
+	g.packets = append(g.packets[:0], p.data)
 }
 
-// add joins p, of the same flow, or reports false. What was not verified is not
-// joined: the kernel computes the checksum of what it splits anew.
-func (g *group) add(p []byte, l layout) bool {
-	first := g.packets[0]
-	segment, payload := len(first)-g.layout.headers, len(p)-l.headers
-	if g.closed || !l.joinable || l.headers != g.layout.headers || payload > segment ||
-		len(g.packets) == maxJoined || g.size+payload > maxPacket || !g.follows(p) {
+// add joins p, of the same flow, or reports false. What was neither verified nor
+// vouched for is not joined: the kernel computes the checksum of what it splits
+// anew.
+func (g *group) add(p *piece) bool {
+	payload := len(p.data) - p.layout.headers
+	if g.closed || !p.layout.joinable || p.layout.headers != g.layout.headers || p.partial != g.partial ||
+		p.segment > g.segment || p.segments > 1 && p.segment != g.segment ||
+		g.segments+p.segments > maxJoined || g.size+payload > maxPacket || !g.follows(p.data) {
 		return false
 	}
-	if !g.checked {
-		if g.checked = l.verify(first); !g.checked {
+	if !g.partial {
+		if !g.checked {
+			if g.checked = g.layout.verify(g.packets[0]); !g.checked {
+				return false
+			}
+		}
+		if !p.layout.verify(p.data) {
 			return false
 		}
 	}
-	if !l.verify(p) {
-		return false
-	}
-	g.packets = append(g.packets, p)
+	g.packets = append(g.packets, p.data)
 	g.size += payload
-	g.closed = payload < segment || l.flow.proto == unix.IPPROTO_TCP && p[l.transport+tcpFlags]&flagPSH != 0
+	g.segments += p.segments
+	g.closed = p.ends(g.segment)
 	return true
 }
 
@@ -124,7 +160,7 @@ func (g *group) follows(p []byte) bool {
 	} else {
 		step := uint16(be16(p[4:]) - be16(first[4:]))
 		fixed := step == 0 && first[6]&0x40 != 0 // identification without meaning (RFC 6864 §4.1)
-		if first[1] != p[1] || first[6] != p[6] || first[8] != p[8] || !fixed && int(step) != len(g.packets) {
+		if first[1] != p[1] || first[6] != p[6] || first[8] != p[8] || !fixed && int(step) != g.segments {
 			return false
 		}
 	}
@@ -141,42 +177,74 @@ func (g *group) follows(p []byte) bool {
 // join turns the first packet into the head of the super-packet and returns its
 // virtio header. The checksum field then holds the pseudo-header's sum.
 func (g *group) join() virtio {
+	h := g.head(g.segments)
 	if len(g.packets) == 1 {
-		return virtio{}
+		return h
 	}
 	first, l := g.packets[0], &g.layout
-	h := virtio{
-		flags: needsSum, kind: kindUDP, headers: uint16(l.headers), segment: uint16(len(first) - l.headers),
-		sumStart: uint16(l.transport), sumOffset: udpSum,
-	}
 	if l.flow.proto == unix.IPPROTO_TCP {
-		h.kind, h.sumOffset = kindTCP4, tcpSum
-		if l.flow.v6 {
-			h.kind = kindTCP6
-		}
 		last := g.packets[len(g.packets)-1]
 		first[l.transport+tcpFlags] |= last[l.transport+tcpFlags] & flagPSH
 	}
 	g.resize(g.size)
-	binary.BigEndian.PutUint16(first[l.transport+int(h.sumOffset):], fold(l.pseudo(g.size)))
+	g.putSum(first, fold(l.pseudo(g.size)))
 	return h
+}
+
+// head is the virtio header of so many segments of the group.
+func (g *group) head(segments int) virtio {
+	l := &g.layout
+	if segments == 1 && !g.partial {
+		return virtio{}
+	}
+	h := virtio{flags: needsSum, sumStart: uint16(l.transport), sumOffset: uint16(l.sumOffset())}
+	if segments == 1 {
+		return h
+	}
+	h.headers, h.segment = uint16(l.headers), uint16(g.segment)
+	switch l.superKind() {
+	case recordTCP4:
+		h.kind = kindTCP4
+	case recordTCP6:
+		h.kind = kindTCP6
+	default:
+		h.kind = kindUDP
+	}
+	return h
+}
+
+// count is the number of segments of one of the group's packets.
+func (g *group) count(p []byte) int {
+	if g.segments == 1 {
+		return 1
+	}
+	return (len(p) - g.layout.headers + g.segment - 1) / g.segment
 }
 
 // part undoes join, for a kernel that refuses the super-packet.
 func (g *group) part() {
+	if len(g.packets) == 1 {
+		return
+	}
 	first, l := g.packets[0], &g.layout
-	at := l.transport + udpSum
 	if l.flow.proto == unix.IPPROTO_TCP {
-		at = l.transport + tcpSum
 		first[l.transport+tcpFlags] &^= flagPSH
 	}
 	g.resize(len(first))
-	first[at], first[at+1] = 0, 0
+	if g.partial {
+		g.putSum(first, fold(l.pseudo(len(first))))
+		return
+	}
+	g.putSum(first, 0)
 	v := ^fold(sum(first[l.transport:], l.pseudo(len(first))))
 	if v == 0 && l.flow.proto == unix.IPPROTO_UDP {
 		v = 0xffff
 	}
-	binary.BigEndian.PutUint16(first[at:], v)
+	g.putSum(first, v)
+}
+
+func (g *group) putSum(p []byte, v uint16) {
+	binary.BigEndian.PutUint16(p[g.layout.transport+g.layout.sumOffset():], v)
 }
 
 // resize writes a packet size into the headers of the first packet.

@@ -127,7 +127,32 @@ func (s *split) left() int {
 // next cuts one packet into out and returns its length. When out is too small
 // the rest of the super-packet is dropped and it returns 0.
 func (s *split) next(out []byte) int {
-	payload := min(s.segment, len(s.packet)-s.at)
+	size := s.cut(out, 1)
+	if size == 0 {
+		return 0
+	}
+	out = out[:size]
+	v := ^fold(sum(out[s.transport:], s.pseudo+uint64(size-s.transport)))
+	if v == 0 && !s.tcp {
+		v = 0xffff // 0 says "no checksum" in UDP
+	}
+	binary.BigEndian.PutUint16(out[s.sumAt:], v)
+	return size
+}
+
+// chunk is next for n packets in one, a smaller super-packet, with the
+// pseudo-header's sum as checksum.
+func (s *split) chunk(out []byte, n int) int {
+	size := s.cut(out, n)
+	if size > 0 {
+		binary.BigEndian.PutUint16(out[s.sumAt:], fold(s.pseudo+uint64(size-s.transport)))
+	}
+	return size
+}
+
+// cut makes a packet of the next n segments, without a checksum.
+func (s *split) cut(out []byte, n int) int {
+	payload := min(n*s.segment, len(s.packet)-s.at)
 	size := s.headers + payload
 	if size > len(out) {
 		s.packet = nil
@@ -144,12 +169,7 @@ func (s *split) next(out []byte) int {
 	} else {
 		binary.BigEndian.PutUint16(out[s.transport+udpLength:], uint16(size-s.transport))
 	}
-	v := ^fold(sum(out[s.transport:], s.pseudo+uint64(size-s.transport)))
-	if v == 0 && !s.tcp {
-		v = 0xffff // 0 says "no checksum" in UDP
-	}
-	binary.BigEndian.PutUint16(out[s.sumAt:], v)
-	s.index++
+	s.index += n
 	if last {
 		s.packet = nil
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,8 @@ type tunnel struct {
 	raw        syscall.RawConn
 	reader     reader
 	writer     writer
+	reports    reports
+	dropped    dropped
 	events     chan wgtun.Event
 	forwarding sync.WaitGroup // forward, until the device closes its events
 	done       chan struct{}  // Close was called
@@ -42,6 +45,13 @@ type offloads struct {
 	udp    bool
 }
 
+// dropped counts packets that were not passed on.
+type dropped struct {
+	contained atomic.Uint64 // read from the kernel, or written without leave, with the protocol of containers
+	forged    atomic.Uint64 // received in a container, with a source that is not the peer's
+	broken    atomic.Uint64 // containers with a record that is not valid
+}
+
 // newTunnel takes over the file of dev. Close closes dev.
 func newTunnel(dev wgtun.Device, t *peers, b *bind, c Config) (*tunnel, error) {
 	raw, err := dev.File().SyscallConn()
@@ -52,8 +62,14 @@ func newTunnel(dev wgtun.Device, t *peers, b *bind, c Config) (*tunnel, error) {
 	if err != nil {
 		return nil, fmt.Errorf("set tun offloads: %w", err)
 	}
+	if name, err := dev.Name(); o.tcp && err == nil {
+		if err := limitSuper(name, superSize(c.MTU)); err != nil {
+			c.logger().Debug("super-packets stay as large as the kernel likes", "err", err)
+		}
+	}
 	n := own(dev, raw, o, c)
 	n.peers, n.bind = t, b
+	b.reported = n.wakeReport
 	return n, nil
 }
 
@@ -64,8 +80,8 @@ func own(dev wgtun.Device, raw syscall.RawConn, o offloads, c Config) *tunnel {
 		events: make(chan wgtun.Event, 1),
 		done:   make(chan struct{}),
 	}
-	n.reader.init(n, o)
-	n.writer.init(n, o, c.switched(offGRO))
+	n.reader.init(n, o, &c)
+	n.writer.init(n, o, &c)
 	n.forwarding.Go(n.forward)
 	return n
 }
@@ -127,52 +143,58 @@ func (n *tunnel) Close() error {
 	return err
 }
 
-// Read returns packets of the kernel, at least one. It waits while
-// wireguard-go holds too many.
+// Read returns packets of the kernel and containers of them, at least one. It
+// waits while wireguard-go holds too many.
 func (n *tunnel) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	r := &n.reader
+	r.begin(bufs, sizes, offset)
 	for {
 		r.room = 0
 		if r.super.left() == 0 { // otherwise there are packets already counted
 			if r.room, r.bytes = n.bind.out.wait(r.timer, n.done); r.room == 0 {
+				r.end()
 				return 0, os.ErrClosed
 			}
 		}
-		r.bufs, r.sizes, r.offset, r.count = bufs, sizes, offset, 0
 		err := n.raw.Read(r.run)
-		r.bufs, r.sizes = nil, nil
+		woken := errors.Is(err, os.ErrDeadlineExceeded)
+		if woken {
+			r.report()
+		}
+		count := r.end()
 		switch {
-		case r.count > 0:
-			return r.count, nil
-		case err != nil || closedTUN(r.errno):
+		case count > 0:
+			return count, nil
+		case err != nil && !woken || closedTUN(r.errno):
 			return 0, os.ErrClosed
 		case r.errno != 0:
 			return 0, fmt.Errorf("read tun: %w", r.errno)
 		}
+		r.begin(bufs, sizes, offset)
 	}
 }
 
 // closedTUN reports whether an error means that the interface is gone.
 func closedTUN(errno syscall.Errno) bool { return errno == unix.EBADFD || errno == unix.EBADF }
 
-// Write gives packets of one peer to the kernel.
+// Write gives packets of one peer to the kernel, those in containers too.
 func (n *tunnel) Write(bufs [][]byte, offset int) (int, error) {
 	if len(bufs) == 0 {
 		return 0, nil
 	}
 	src, _ := innerAddrs(bufs[0][offset:])
 	p := n.peers.byAddr(src)
-	written, errno := n.writer.write(bufs, offset)
+	packets, errno := n.writer.write(bufs, offset, p, src)
 	if p != nil {
-		p.received.Add(uint64(len(bufs)))
+		p.received.Add(uint64(packets))
 		n.bind.inbound.settle(&p.in, len(bufs))
 	}
 	switch {
 	case errno == 0 || errno == unix.EIO: // EIO: the link is down, where packets vanish
-		return written, nil
+		return len(bufs), nil
 	case closedTUN(errno):
-		return written, os.ErrClosed
+		return len(bufs), os.ErrClosed
 	default:
-		return written, fmt.Errorf("write tun: %w", errno)
+		return len(bufs), fmt.Errorf("write tun: %w", errno)
 	}
 }

@@ -274,9 +274,10 @@ func TestWriteApart(t *testing.T) {
 		s := segments{udp: udp, size: 1000, payload: pattern(3500, 2), flags: flagPSH}
 		w := &n.writer
 		for _, p := range clones(s.packets()) {
-			w.place(p)
+			placeFull(w, p)
 		}
 		w.groups[0].join()
+		w.groups[0].part()
 		var errno syscall.Errno
 		if err := w.raw.Write(func(fd uintptr) bool { errno = w.apart(fd, &w.groups[0], unix.EINVAL); return true }); err != nil || errno != 0 {
 			t.Fatal(err, errno)

@@ -52,7 +52,10 @@ func (s *sockets) all() []*socket {
 type drops struct {
 	handled atomic.Uint64 // sent to a peer without a path
 	full    atomic.Uint64 // sent while the socket stayed full
-	foreign atomic.Uint64 // received, neither STUN nor WireGuard
+	foreign atomic.Uint64 // received, neither STUN nor WireGuard nor a fragment
+
+	fragments  atomic.Uint64 // received, of no session and path of a peer, or broken
+	incomplete atomic.Uint64 // messages of which some fragments came, but not all
 }
 
 // bind is a conn.Bind on UDP sockets of its own, one per family on one port.
@@ -69,6 +72,11 @@ type bind struct {
 	trains  sync.Pool               // *train
 	holds   *holds
 	drops   drops
+
+	reported func(*peer)   // told, when receiving, that a report to a peer is due; may be nil
+	overflow atomic.Uint32 // datagrams the sockets dropped because they were full
+	tried    sync.Once
+	found    trial // of tried
 }
 
 var _ conn.Bind = (*bind)(nil)
@@ -209,6 +217,9 @@ func (b *bind) setPath(k Key, to netip.AddrPort, from netip.Addr) {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if !b.config.meshed(to.Addr()) {
 		if e := b.peers.path(k, to); e != nil {
+			if b.config.MTU > 0 {
+				e.carries.Store(int32(b.config.MTU) + keepaliveSize)
+			}
 			e.pin(from)
 		}
 	}

@@ -16,7 +16,7 @@ import (
 const (
 	receiveMessages = 4       // of one recvmmsg, each up to 64 datagrams
 	receiveSize     = 1 << 16 // bytes of each
-	receiveControl  = 128     // local address and segment size
+	receiveControl  = 128     // local address, segment size and overflow
 )
 
 // arrival is one message of recvmmsg: a datagram, or several of one sender that
@@ -44,17 +44,25 @@ type receiver struct {
 	now   arrival
 
 	stranger *endpoint // the last sender nobody registered
-	index    uint32    // of the messages being counted
-	peer     *peer     // whose session that is
-	taken    int       // how many
-	bytes    int       // and how large
+	slots    slots     // messages of which not all fragments are here
+	large    bool      // fragments are taken
+	overflow uint32    // what the socket dropped, as last heard
+
+	known    bool   // of which peer index is
+	index    uint32 // of the messages being counted
+	peer     *peer  // whose session that is
+	taken    int    // how many have content
+	bytes    int    // and how large those are
+	counters [batchSize]uint64
+	counted  int // how many counters
 	timer    *time.Timer
 	errno    syscall.Errno
 	run      func(fd uintptr) bool
 }
 
 func newReceiver(b *bind, s *socket) *receiver {
-	r := &receiver{b: b, s: s, timer: time.NewTimer(time.Hour)}
+	r := &receiver{b: b, s: s, timer: time.NewTimer(time.Hour), large: !b.config.switched(offLarge)}
+	r.slots.drops = &b.drops
 	r.timer.Stop()
 	for i := range r.msgs {
 		r.bufs[i] = make([]byte, receiveSize)
@@ -124,16 +132,16 @@ func (r *receiver) deliver(packets [][]byte, sizes []int, eps []conn.Endpoint) i
 		}
 		size := min(r.now.segment, len(r.now.data))
 		b := r.now.data[:size]
-		r.now.data = r.now.data[size:]
+		got := 0
 		switch frameOf(b) {
 		case frameWireGuard:
 			if size > len(packets[n]) {
 				r.b.drops.foreign.Add(1)
-				continue
+				break
 			}
-			r.take(b)
-			sizes[n], eps[n] = copy(packets[n], b), r.now.ep
-			n++
+			got = copy(packets[n], b)
+		case frameFragment:
+			got, size = r.gather(packets[n], b)
 		case frameSTUN:
 			if r.b.config.Receive != nil {
 				r.b.config.Receive(b, r.now.ep.to, r.now.at)
@@ -141,31 +149,85 @@ func (r *receiver) deliver(packets [][]byte, sizes []int, eps []conn.Endpoint) i
 		default:
 			r.b.drops.foreign.Add(1)
 		}
+		r.now.data = r.now.data[size:]
+		if got > 0 {
+			r.take(packets[n][:got])
+			sizes[n], eps[n] = got, r.now.ep
+			n++
+		}
 	}
 	r.charge()
+	r.known, r.peer = false, nil
 	return n
+}
+
+// gather takes the fragment b, which is under the cursor. It returns the size of
+// the message that is complete with it, in dst, or 0, and how many bytes under
+// the cursor it has dealt with: all of the message's, when they follow.
+func (r *receiver) gather(dst, b []byte) (got, done int) {
+	f, ok := parseFragment(b)
+	if ok = ok && r.large; ok {
+		p := r.owner(f.session)
+		ok = p != nil && p == r.now.ep.peer && !r.now.ep.drop
+	}
+	if !ok {
+		r.b.drops.fragments.Add(1)
+		return 0, len(b)
+	}
+	done = len(b)
+	if f.adjacent(dst, r.now.data) {
+		got, done = f.length(), f.count*len(b)
+	} else if got = r.slots.put(dst, r.peer, f, b[fragmentHeader:]); got == 0 {
+		return 0, done
+	}
+	if !f.names(dst[:got]) {
+		r.b.drops.fragments.Add(uint64(f.count))
+		return 0, done
+	}
+	return got, done
+}
+
+// owner is the peer a session index was handed out to, nil when it was not. It
+// is looked up once for neighbours, which are then counted together.
+func (r *receiver) owner(index uint32) *peer {
+	if !r.known || r.index != index {
+		r.charge()
+		r.peer, r.index, r.known = r.b.peers.byIndex(index), index, true
+	}
+	return r.peer
 }
 
 // take counts a message of a session of ours. Those of no session are dropped
 // by wireguard-go at once and cost no credit.
 func (r *receiver) take(b []byte) {
-	if !isData(b) {
+	if b[0] != typeData || r.owner(indexOf(b)) == nil {
 		return
 	}
-	if i := indexOf(b); r.taken == 0 || r.index != i {
+	if r.counted == len(r.counters) {
 		r.charge()
-		r.peer, r.index = r.b.peers.byIndex(i), i
 	}
-	r.taken++
-	r.bytes += len(b)
+	r.counters[r.counted] = counterOf(b)
+	r.slots.pass(r.index, r.counters[r.counted])
+	r.counted++
+	if isData(b) {
+		r.taken++
+		r.bytes += len(b)
+	}
 }
 
 // charge books what take counted.
 func (r *receiver) charge() {
-	if r.taken > 0 && r.peer != nil {
+	if r.counted == 0 {
+		return
+	}
+	if r.taken > 0 {
 		r.b.inbound.take(&r.peer.in, r.taken, r.bytes)
 	}
-	r.taken, r.bytes = 0, 0
+	r.peer.meter.note(r.index, r.counters[:r.counted], r.b.overflow.Load())
+	if r.b.reported != nil && r.peer.meter.due(time.Duration(r.b.now())) {
+		r.b.reported(r.peer)
+	}
+	r.taken, r.bytes, r.counted = 0, 0, 0
 }
 
 // advance puts the next message under the cursor.
@@ -175,11 +237,15 @@ func (r *receiver) advance() bool {
 	}
 	m := &r.msgs[r.next]
 	size := int(m.size)
-	local, segment := parseControl(r.control[r.next][:m.head.Controllen])
-	if segment <= 0 || segment > size {
-		segment = size
+	a := parseControl(r.control[r.next][:m.head.Controllen])
+	if a.segment <= 0 || a.segment > size {
+		a.segment = size
 	}
-	r.now = arrival{data: r.bufs[r.next][:size], segment: segment, ep: r.sender(r.names[r.next].get(), local), at: local}
+	if a.overflow != 0 && a.overflow != r.overflow {
+		r.b.overflow.Add(a.overflow - r.overflow)
+		r.overflow = a.overflow
+	}
+	r.now = arrival{data: r.bufs[r.next][:size], segment: a.segment, ep: r.sender(r.names[r.next].get(), a.local), at: a.local}
 	r.next++
 	return true
 }
@@ -198,9 +264,15 @@ func (r *receiver) sender(a netip.AddrPort, local netip.Addr) *endpoint {
 	return r.stranger
 }
 
-// parseControl reads the local address and the segment size, 0 for a single
-// datagram, from ancillary data of the kernel.
-func parseControl(b []byte) (local netip.Addr, segment int) {
+// ancillary is what the kernel says about an arrival.
+type ancillary struct {
+	local    netip.Addr // where it arrived
+	segment  int        // bytes of each datagram; 0: there is one
+	overflow uint32     // datagrams the socket ever dropped, modulo 2^32; 0: not said
+}
+
+// parseControl reads ancillary data of the kernel.
+func parseControl(b []byte) (a ancillary) {
 	for len(b) >= unix.CmsgLen(0) {
 		h, data, rest, err := unix.ParseOneSocketControlMessage(b)
 		if err != nil {
@@ -208,13 +280,15 @@ func parseControl(b []byte) (local netip.Addr, segment int) {
 		}
 		switch {
 		case h.Level == unix.IPPROTO_IP && h.Type == unix.IP_PKTINFO && len(data) >= unix.SizeofInet4Pktinfo:
-			local = netip.AddrFrom4([4]byte(data[4:8])) // ipi_spec_dst
+			a.local = netip.AddrFrom4([4]byte(data[4:8])) // ipi_spec_dst
 		case h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_PKTINFO && len(data) >= unix.SizeofInet6Pktinfo:
-			local = netip.AddrFrom16([16]byte(data[:16]))
+			a.local = netip.AddrFrom16([16]byte(data[:16]))
 		case h.Level == unix.IPPROTO_UDP && h.Type == unix.UDP_GRO && len(data) >= 4:
-			segment = int(int32(binary.NativeEndian.Uint32(data)))
+			a.segment = int(int32(binary.NativeEndian.Uint32(data)))
+		case h.Level == unix.SOL_SOCKET && h.Type == unix.SO_RXQ_OVFL && len(data) >= 4:
+			a.overflow = binary.NativeEndian.Uint32(data)
 		}
 		b = rest
 	}
-	return local, segment
+	return a
 }

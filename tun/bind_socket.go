@@ -3,7 +3,7 @@ package tun
 import (
 	"fmt"
 	"net"
-	"sync/atomic"
+	"net/netip"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -16,38 +16,48 @@ const socketBuffer = 7 << 20
 type socket struct {
 	conn *net.UDPConn
 	raw  syscall.RawConn
-	gso  atomic.Bool   // UDP_SEGMENT works
+	gso  bool          // UDP_SEGMENT works
+	flat refusal       // of UDP_SEGMENT, by the device it went to
 	done chan struct{} // closed by close
 }
 
 func (b *bind) openSocket(network string, port uint16) (*socket, error) {
-	c, err := net.ListenUDP(network, &net.UDPAddr{Port: int(port)})
+	s, err := newSocket(network, &net.UDPAddr{Port: int(port)})
 	if err != nil {
 		return nil, fmt.Errorf("open %s port %d: %w", network, port, err)
 	}
-	raw, err := c.SyscallConn()
-	if err != nil {
-		_ = c.Close()
-		return nil, fmt.Errorf("open %s port %d: %w", network, port, err)
-	}
-	s := &socket{conn: c, raw: raw, done: make(chan struct{})}
-	if err := s.prepare(network, &b.config); err != nil {
+	if err := s.prepare(network, &b.config, b.trial()); err != nil {
 		s.close()
 		return nil, fmt.Errorf("prepare %s socket: %w", network, err)
 	}
 	return s, nil
 }
 
+// newSocket binds a socket and sets no options.
+func newSocket(network string, a *net.UDPAddr) (*socket, error) {
+	c, err := net.ListenUDP(network, a)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		_ = c.Close()
+		return nil, err
+	}
+	return &socket{conn: c, raw: raw, done: make(chan struct{})}, nil
+}
+
 // prepare sets the options. Buffers and offloads are worth trying only.
-func (s *socket) prepare(network string, c *Config) error {
+func (s *socket) prepare(network string, c *Config, found trial) error {
 	_ = s.set(unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer)
 	_ = s.set(unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer)
 	_ = s.set(unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer)
 	_ = s.set(unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer)
-	if !c.switched(offGRO) {
+	_ = s.set(unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1)
+	if !c.switched(offGRO) && !found.gro {
 		_ = s.set(unix.IPPROTO_UDP, unix.UDP_GRO, 1)
 	}
-	s.gso.Store(!c.switched(offGSO) && s.canSegment() && (c.switched(forceGSO) || !manglesTrains(release())))
+	s.gso = !c.switched(offGSO) && s.canSegment() && (c.switched(forceGSO) || !manglesTrains(release()) && !found.gso)
 	if network == "udp4" {
 		return s.set(unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
 	}
@@ -68,7 +78,10 @@ func (s *socket) canSegment() bool {
 	return e == nil && err == nil
 }
 
-func (s *socket) port() uint16 { return s.conn.LocalAddr().(*net.UDPAddr).AddrPort().Port() }
+// local is where the socket is bound.
+func (s *socket) local() netip.AddrPort { return s.conn.LocalAddr().(*net.UDPAddr).AddrPort() }
+
+func (s *socket) port() uint16 { return s.local().Port() }
 
 func (s *socket) close() {
 	close(s.done)

@@ -233,10 +233,11 @@ func TestBindTellsApart(t *testing.T) {
 	froms := make(chan netip.AddrPort, 10)
 	o := openBind(t, Config{Receive: func(b []byte, from netip.AddrPort, _ netip.Addr) { stuns <- bytes.Clone(b); froms <- from }})
 	c := sender(t)
-	own := bytes.Repeat([]byte{0x80}, initiationSize)
+	own := bytes.Repeat([]byte{0x90}, initiationSize)
+	fragment := bytes.Repeat([]byte{0x80}, initiationSize) // of no session
 	unknown := bytes.Repeat([]byte{0x20}, initiationSize)
 	stun, first, last := stunMessage(initiationSize), wireGuard(1, 5, initiationSize), wireGuard(4, 6, 77)
-	train := slices.Concat(stun, first, own, unknown, stun, last)
+	train := slices.Concat(stun, first, own, unknown, fragment, stun, last)
 	control := make([]byte, 0, controlSpace)
 	k := segmentControl(control, initiationSize)
 	if _, _, err := c.WriteMsgUDPAddrPort(train, k, o.at(false)); err != nil {
@@ -256,8 +257,8 @@ func TestBindTellsApart(t *testing.T) {
 			t.Fatalf("from %v", from)
 		}
 	}
-	if got := o.drops.foreign.Load(); got != 2 {
-		t.Fatalf("%d dropped, want 2", got)
+	if foreign, fragments := o.drops.foreign.Load(), o.drops.fragments.Load(); foreign != 2 || fragments != 1 {
+		t.Fatalf("%d foreign, %d fragments dropped", foreign, fragments)
 	}
 }
 

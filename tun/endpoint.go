@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -53,9 +54,39 @@ type endpoint struct {
 	peer *peer    // nil: unknown
 	drop bool     // a handle
 
-	source atomic.Pointer[netip.Addr] // local address; nil: the kernel chooses
-	flat   atomic.Bool                // segmentation fails on this path
+	source  atomic.Pointer[netip.Addr] // local address; nil: the kernel chooses
+	carries atomic.Int32               // bytes of a datagram; 0: defaultDatagram
+	flat    refusal                    // of segmentation, on this path
 }
+
+// defaultDatagram is what a path is taken to carry, in bytes of UDP payload: a
+// message of MTU 1400.
+const defaultDatagram = 1400 + keepaliveSize
+
+// datagram is the largest datagram of this path, in bytes of UDP payload.
+func (e *endpoint) datagram() int {
+	if n := e.carries.Load(); n > 0 {
+		return int(n)
+	}
+	return defaultDatagram
+}
+
+// refusal remembers that the kernel refused something. It is tried again after
+// refusalTime: routes and devices change. The zero value remembers nothing. Safe
+// for concurrent use.
+type refusal struct {
+	until atomic.Int64 // since the Bind was made, ns
+}
+
+// refusalTime is how long a refusal counts.
+const refusalTime = 30 * time.Second
+
+// holds reports whether the last refusal counts at a time since the Bind was
+// made, in ns.
+func (r *refusal) holds(now int64) bool { return now < r.until.Load() }
+
+// note begins a refusal at a time since the Bind was made, in ns.
+func (r *refusal) note(now int64) { r.until.Store(now + int64(refusalTime)) }
 
 func newEndpoint(to netip.AddrPort, p *peer) *endpoint {
 	e := &endpoint{to: to, peer: p}

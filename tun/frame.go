@@ -40,7 +40,8 @@ type frame uint8
 
 const (
 	frameUnknown   frame = iota // nobody's: dropped
-	frameOwn                    // ours, none defined yet: dropped
+	frameOwn                    // ours, but of a kind that is not defined yet: dropped
+	frameFragment               // part of a message, see fragment
 	frameSTUN                   // Config.Receive
 	frameWireGuard              // wireguard-go
 )
@@ -52,6 +53,8 @@ func frameOf(b []byte) frame {
 	switch {
 	case len(b) == 0:
 		return frameUnknown
+	case b[0]&fragmentKinds == fragmentKind:
+		return frameFragment
 	case b[0] >= ownFrame:
 		return frameOwn
 	case len(b) >= keepaliveSize && b[0] >= typeInitiation && b[0] <= typeData && b[1]|b[2]|b[3] == 0:

@@ -34,7 +34,9 @@ func TestFrameOf(t *testing.T) {
 	}{
 		"empty":              {nil, frameUnknown},
 		"one byte":           {[]byte{1}, frameUnknown},
-		"first own":          {[]byte{0x80}, frameOwn},
+		"first fragment":     {[]byte{0x80}, frameFragment},
+		"last fragment":      {[]byte{0x8f, 1}, frameFragment},
+		"first own":          {[]byte{0x90}, frameOwn},
 		"last own":           {[]byte{0xff, 1, 2}, frameOwn},
 		"initiation":         {wireGuard(1, 7, initiationSize), frameWireGuard},
 		"keepalive":          {wireGuard(4, 7, keepaliveSize), frameWireGuard},
@@ -70,7 +72,7 @@ func FuzzFrameOf(f *testing.F) {
 			if b[0]&0xc0 != 0 || len(b) < stunHeaderSize {
 				t.Fatal("not STUN")
 			}
-		case frameOwn:
+		case frameFragment, frameOwn:
 			if b[0] < ownFrame {
 				t.Fatal("not ours")
 			}

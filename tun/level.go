@@ -14,13 +14,66 @@ const (
 	levelWhole = 64 // a super-packet of the kernel, whatever it has
 )
 
+// Evidence that moves the level.
+const (
+	evidenceMessages = 20_000          // of one window,
+	evidenceTime     = 2 * time.Second // or its length
+	evidenceLosses   = 2               // fewer in one window prove nothing
+	cleanMessages    = 200             // fewer do not prove a path clean
+	lossyShare       = 200             // one missing of so many: plain messages
+	cleanShare       = 2000            // one missing of so many or more: clean
+
+	// reportLimit is more messages than arrive between two reports: the peer
+	// counts from another beginning.
+	reportLimit = 1 << 24
+
+	// levelQuiet is how long reports may be about messages of the old size:
+	// the round trip, and what the peer waits for late ones (meter.due).
+	levelQuiet = 500 * time.Millisecond
+
+	firstPatience = time.Second // of clean evidence before the first rise
+	leastPatience = 10 * time.Second
+	mostPatience  = 5 * time.Minute
+)
+
 // leveler chooses how many segments a message to one peer has, from the losses
 // the peer reports. The zero value starts at levelSome. Safe for concurrent use.
 type leveler struct {
 	now atomic.Int32 // 0: levelSome
 
-	mu sync.Mutex
+	mu    sync.Mutex
+	track track
 }
+
+// track is what a leveler knows about its path.
+type track struct {
+	last   evidence // the peer's totals
+	synced bool     // last is set
+	quiet  bool     // reports do not count until levelQuiet after moved
+	stale  bool     // the next report begins to be quiet: the path is new
+	rose   bool     // the last move was a rise
+	moved  time.Duration
+
+	window   evidence      // the latest
+	clean    evidence      // since the path may be clean
+	patience time.Duration // with clean evidence before a rise; 0: firstPatience
+}
+
+// evidence is a count of messages since a moment.
+type evidence struct {
+	received, missing uint32
+	since             time.Duration
+}
+
+func (e *evidence) add(received, missing uint32) {
+	e.received += received
+	e.missing += missing
+}
+
+func (e *evidence) messages() uint64 { return uint64(e.received) + uint64(e.missing) }
+
+// exceeds reports whether more than one of so many messages is missing.
+func (e *evidence) exceeds(share uint64) bool { return uint64(e.missing)*share > e.messages() }
 
 // segments is the number of segments a message may have now.
 func (l *leveler) segments() int {
@@ -35,7 +88,91 @@ func (l *leveler) segments() int {
 func (l *leveler) report(received, missing uint32, now time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	_, _, _ = received, missing, now
+	t := &l.track
+	if t.stale {
+		t.stale, t.quiet, t.moved = false, true, now
+	}
+	if t.quiet && now-t.moved < levelQuiet {
+		return
+	}
+	t.quiet = false
+	newly, lost := received-t.last.received, missing-t.last.missing
+	t.last = evidence{received: received, missing: missing}
+	if !t.synced || newly > reportLimit || lost > reportLimit {
+		t.synced = true
+		t.window, t.clean = evidence{since: now}, evidence{since: now}
+		return
+	}
+	t.window.add(newly, lost)
+	t.clean.add(newly, lost)
+	l.judge(now)
+}
+
+// judge moves the level when the evidence is enough. Call with mu held.
+func (l *leveler) judge(now time.Duration) {
+	t := &l.track
+	if l.segments() == levelWhole && now-t.moved >= mostPatience {
+		t.patience = min(t.patience, leastPatience)
+	}
+	if t.window.messages() >= evidenceMessages || now-t.window.since >= evidenceTime {
+		w := t.window
+		t.window = evidence{since: now}
+		if w.missing >= evidenceLosses && w.exceeds(cleanShare) {
+			t.clean = evidence{since: now}
+			l.fall(w.exceeds(lossyShare), now)
+			return
+		}
+	}
+	need := t.patience
+	if need == 0 {
+		need = firstPatience
+	}
+	if now-t.clean.since < need || t.clean.messages() < cleanMessages {
+		return
+	}
+	clean := !t.clean.exceeds(cleanShare)
+	t.clean = evidence{since: now}
+	if clean {
+		l.rise(now)
+	}
+}
+
+// fall goes to plain messages, or to no more than levelSome, and makes the
+// next rise wait longer when the last one was a mistake.
+func (l *leveler) fall(lossy bool, now time.Duration) {
+	to := min(l.segments(), levelSome)
+	if lossy {
+		to = levelPlain
+	}
+	if to == l.segments() {
+		return
+	}
+	t := &l.track
+	switch {
+	case t.patience == 0:
+		t.patience = leastPatience
+	case t.rose && now-t.moved < leastPatience:
+		t.patience = min(2*t.patience, mostPatience)
+	}
+	t.rose = false
+	l.move(to, now)
+}
+
+func (l *leveler) rise(now time.Duration) {
+	to := levelWhole
+	switch l.segments() {
+	case levelWhole:
+		return
+	case levelPlain:
+		to = levelSome
+	}
+	l.track.rose = true
+	l.move(to, now)
+}
+
+func (l *leveler) move(to int, now time.Duration) {
+	l.now.Store(int32(to))
+	l.track.moved, l.track.quiet, l.track.synced = now, true, false
 }
 
 // reset begins anew, on another path.
@@ -43,4 +180,5 @@ func (l *leveler) reset() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.now.Store(0)
+	l.track = track{stale: l.track.synced || l.track.quiet || l.track.stale}
 }

@@ -51,15 +51,19 @@ func newCredit() *credit {
 // full reports whether there is no room. Call with mu held.
 func (c *credit) full() bool { return c.held >= creditLimit || c.bytes >= creditBytes }
 
-// take counts n messages of so many bytes in all for a. False means that a is parked and has had its
-// share: sending side drops the messages, the receiving side passes them
-// uncounted.
+// take counts n messages of so many bytes in all for a. False means that a is
+// parked and has had its share: the sending side drops the messages, the
+// receiving side passes them uncounted.
 func (c *credit) take(a *account, n, bytes int) bool {
 	now := time.Since(c.base)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if a.parked {
 		return a.trickle(n, now)
+	}
+	if a.seen && now-a.moved >= creditLive {
+		// A peer that is never full would keep less and less room otherwise.
+		c.forget(a)
 	}
 	if a.held == 0 {
 		a.moved = now
@@ -102,22 +106,37 @@ func (c *credit) settle(a *account, n int) {
 	full = full && !c.full()
 	c.mu.Unlock()
 	if full {
-		select {
-		case c.wake <- struct{}{}:
-		default:
-		}
+		c.signal()
 	}
+}
+
+// signal wakes one of those who wait.
+func (c *credit) signal() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// forget writes off what a holds. Call with mu held.
+func (c *credit) forget(a *account) {
+	c.held -= a.held
+	c.bytes -= a.bytes
+	a.held, a.bytes = 0, 0
 }
 
 // wait blocks until there is room and returns how much, in messages and in
 // bytes, or 0 when done is closed. The timer is the caller's, stopped or
 // expired.
 func (c *credit) wait(timer *time.Timer, done <-chan struct{}) (messages, bytes int) {
-	for {
+	for waited := false; ; waited = true {
 		c.mu.Lock()
 		messages, bytes = creditLimit-c.held, creditBytes-c.bytes
 		c.mu.Unlock()
 		if messages > 0 && bytes > 0 {
+			if waited {
+				c.signal() // two may wait, one per socket, and one was woken
+			}
 			return messages, bytes
 		}
 		timer.Reset(creditStall)
@@ -141,14 +160,11 @@ func (c *credit) expire() {
 	busy := c.busy[:0]
 	for _, a := range c.busy {
 		if a.held > 0 && now-a.moved >= creditStall {
-			c.held -= a.held
-			c.bytes -= a.bytes
-			a.bytes = 0
 			a.parked = !a.seen || now-a.settled >= creditLive
 			if a.parked {
 				a.admitted, a.next = a.held, now+parkedTrickle
 			}
-			a.held = 0
+			c.forget(a)
 		}
 		a.listed = a.held > 0
 		if a.listed {

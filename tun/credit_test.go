@@ -1,6 +1,7 @@
 package tun
 
 import (
+	"math/rand/v2"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -117,4 +118,130 @@ func TestCreditStallIsPerPeer(t *testing.T) {
 			t.Fatal("stuck peer not written off")
 		}
 	})
+}
+
+// Room for one wakes all who wait.
+func TestCreditWakesAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, a := newCredit(), &account{}
+		c.take(a, creditLimit, 0)
+		var spent [3]time.Duration
+		for i := range spent {
+			go func() { spent[i], _ = waited(c) }()
+		}
+		time.Sleep(time.Millisecond)
+		c.settle(a, 1)
+		synctest.Wait()
+		for _, d := range spent {
+			if d != time.Millisecond {
+				t.Fatalf("waited %v", spent)
+			}
+		}
+	})
+}
+
+// What a peer lost once does not narrow it for ever, and does not park it.
+func TestCreditForgets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, a := newCredit(), &account{}
+		c.take(a, 100, 1000)
+		c.settle(a, 50)
+		time.Sleep(creditLive - 1)
+		c.take(a, 1, 10)
+		if a.held != 51 || a.bytes != 510 {
+			t.Fatalf("%d messages, %d bytes held", a.held, a.bytes)
+		}
+		time.Sleep(1)
+		if !c.take(a, 1, 10) || c.held != 1 || a.held != 1 || c.bytes != 10 || a.bytes != 10 {
+			t.Fatalf("%d messages, %d bytes held", a.held, a.bytes)
+		}
+		time.Sleep(creditLive - 1) // the new one has its own time
+		if c.take(a, 1, 10); a.held != 2 {
+			t.Fatalf("%d messages held", a.held)
+		}
+	})
+}
+
+// check finds what must never be.
+func (c *credit) check(t *testing.T, accounts []*account) {
+	t.Helper()
+	held, bytes := 0, 0
+	for _, a := range accounts {
+		if a.held < 0 || a.bytes < 0 || a.held == 0 && a.bytes != 0 || a.held > 0 && !a.listed {
+			t.Fatalf("account of %+v", *a)
+		}
+		held, bytes = held+a.held, bytes+a.bytes
+	}
+	if c.held != held || c.bytes != bytes {
+		t.Fatalf("%d messages of %d bytes held, the accounts have %d of %d", c.held, c.bytes, held, bytes)
+	}
+	if len(c.busy) > len(accounts) {
+		t.Fatalf("%d accounts listed", len(c.busy))
+	}
+}
+
+// Whatever is taken, settled, lost and too much settled, the sums hold and
+// nobody waits longer than for a stall.
+func TestCreditSums(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for seed := range uint64(100) {
+			random := rand.New(rand.NewPCG(seed, 1))
+			c, accounts := newCredit(), []*account{{}, {}, {}}
+			for range 500 {
+				a := accounts[random.IntN(len(accounts))]
+				switch random.IntN(6) {
+				case 0, 1:
+					if d, room := waited(c); d > creditStall || room <= 0 {
+						t.Fatalf("waited %v, room %d", d, room)
+					}
+					n := 1 + random.IntN(batchSize)
+					c.take(a, n, n*random.IntN(1<<random.IntN(17)))
+				case 2, 3:
+					c.settle(a, random.IntN(2*batchSize))
+				case 4:
+					c.settle(a, 1)
+				default:
+					time.Sleep(time.Duration(random.Int64N(int64(time.Second) >> random.IntN(20))))
+				}
+				c.check(t, accounts)
+			}
+			for _, a := range accounts {
+				c.settle(a, a.held)
+			}
+			if c.held != 0 || c.bytes != 0 {
+				t.Fatalf("%d messages, %d bytes left", c.held, c.bytes)
+			}
+		}
+	})
+}
+
+// A peer that moves gets on although another loses everything it is given.
+func TestCreditProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, live, stuck := newCredit(), &account{}, &account{}
+		done := 0
+		for begin := time.Now(); time.Since(begin) < time.Second; done++ {
+			waited(c)
+			c.take(stuck, 1, 60_000)
+			waited(c)
+			c.take(live, 1, 60_000)
+			time.Sleep(100 * time.Microsecond)
+			c.settle(live, 1)
+		}
+		if done < 9000 {
+			t.Fatalf("%d messages passed in a second", done)
+		}
+	})
+}
+
+func BenchmarkCredit(b *testing.B) {
+	c, a := newCredit(), &account{}
+	timer := time.NewTimer(time.Hour)
+	timer.Stop()
+	b.ReportAllocs()
+	for b.Loop() {
+		c.wait(timer, nil)
+		c.take(a, 8, 8*1400)
+		c.settle(a, 8)
+	}
 }

@@ -4,7 +4,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"strings"
 	"testing"
 	"time"
 
@@ -13,18 +12,6 @@ import (
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-func TestProcessSeconds(t *testing.T) {
-	const text = "42 (a (b) c) S 1 2 3 4 5 6 7 8 9 10 150 75 0 0 20 0 9 0 1 2 3"
-	if got, err := processSeconds([]byte(text)); got != 2.25 || err != nil {
-		t.Errorf("%v, %v", got, err)
-	}
-	for _, text := range []string{"", "42 (a) S 1", "42 (a) S 1 2 3 4 5 6 7 8 9 10 x 75 0"} {
-		if got, err := processSeconds([]byte(text)); err == nil {
-			t.Errorf("%q gives %v", text, got)
-		}
-	}
-}
 
 func TestMachineSeconds(t *testing.T) {
 	const text = "cpu  100 1 200 5000 6000 10 20 30 7000 8000\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
@@ -38,34 +25,32 @@ func TestMachineSeconds(t *testing.T) {
 	}
 }
 
-func TestResidentMegabytes(t *testing.T) {
-	if got, err := residentMegabytes("Name:\tx\nVmRSS:\t    1000 kB\n"); got != 1.024 || err != nil {
-		t.Errorf("%v, %v", got, err)
+func TestParseStatus(t *testing.T) {
+	const text = "Name:\tx\nVmHWM:\t    2000 kB\nVmRSS:\t    1000 kB\nThreads:\t7\n"
+	if got, err := parseStatus(text); got != (process{memory: 1.024, peak: 2.048, threads: 7}) || err != nil {
+		t.Errorf("%+v, %v", got, err)
 	}
-	for _, text := range []string{"", "VmRSS:\n", "VmRSS: x kB\n"} {
-		if got, err := residentMegabytes(text); err == nil {
-			t.Errorf("%q gives %v", text, got)
+	for _, text := range []string{"", "VmRSS:\n", "VmRSS: x kB\n", "VmRSS: 1 kB\nThreads: 7\n"} {
+		if got, err := parseStatus(text); err == nil {
+			t.Errorf("%q gives %+v", text, got)
 		}
 	}
 }
 
 // TestOwnProcess reads the kernel's own files, not a copy.
 func TestOwnProcess(t *testing.T) {
-	own := [2]int{os.Getpid(), os.Getpid()}
-	memory, err := memoryOf(own)
-	if err != nil || memory[0] <= 0 {
-		t.Errorf("memory %v, %v", memory, err)
-	}
-	before, err := workOf(own)
-	if err != nil {
-		t.Fatal(err)
+	own, err := processOf(os.Getpid())
+	if err != nil || own.memory <= 0 || own.peak < own.memory || own.threads < 1 || own.files < 3 {
+		t.Errorf("%+v, %v", own, err)
 	}
 	sum := uint16(0)
-	for start := time.Now(); time.Since(start) < 100*time.Millisecond; {
-		sum += checksum([]byte{1, 2, 3, 4})
-	}
-	after, err := workOf(own)
-	if used := after.since(before); err != nil || used.daemons <= 0 || used.machine <= 0 {
+	used, err := (&tunnel{pids: []int{os.Getpid(), os.Getpid()}}).spend(func() error {
+		for start := time.Now(); time.Since(start) < 100*time.Millisecond; {
+			sum += checksum([]byte{1, 2, 3, 4})
+		}
+		return nil
+	})
+	if err != nil || used.daemons[0] <= 0 || used.sum() < 1.5*used.daemons[0] || used.machine <= 0 {
 		t.Errorf("work %+v, %v after %d", used, err, sum)
 	}
 	space, err := os.Readlink("/proc/self/ns/net")
@@ -115,15 +100,16 @@ func TestEcho(t *testing.T) {
 
 func TestPingerCounts(t *testing.T) {
 	start := time.Now()
-	p := &pinger{
-		sent:  []time.Time{start, start, start},
-		trips: []time.Duration{-1, -1, -1},
+	p := &pinger{}
+	for i := range 7 {
+		p.sent = append(p.sent, start.Add(time.Duration(i)*time.Second))
+		p.trips = append(p.trips, -1)
 	}
-	p.note(2, start.Add(2*time.Millisecond))
-	p.note(2, start.Add(9*time.Millisecond))
-	p.note(0, start.Add(3*time.Millisecond))
-	p.note(3, start.Add(time.Millisecond))
-	want := pings{RoundTrips: []float64{2, 3}, Lost: 1}
+	p.note(2, p.sent[2].Add(2*time.Millisecond))
+	p.note(2, p.sent[2].Add(9*time.Millisecond))
+	p.note(0, p.sent[0].Add(3*time.Millisecond))
+	p.note(7, start)
+	want := pings{RoundTrips: []float64{2, 3}, Lost: 5, Gaps: []float64{1, 3}}
 	if diff := cmp.Diff(want, p.outcome()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
@@ -140,44 +126,8 @@ func TestPingLoopback(t *testing.T) {
 	if err := conn.Close(); err != nil {
 		t.Fatal(err)
 	}
-	got, err := ping(t.Context(), netip.AddrFrom4([4]byte{127, 0, 0, 1}), 50*time.Millisecond)
-	if err != nil || len(got.RoundTrips) == 0 || len(got.RoundTrips)+got.Lost != 10 {
+	got, err := ping(t.Context(), netip.AddrFrom4([4]byte{127, 0, 0, 1}), pingEvery, 50*time.Millisecond)
+	if err != nil || len(got.RoundTrips) == 0 || len(got.RoundTrips)+got.Lost != 10 || len(got.Gaps) != 0 {
 		t.Errorf("%+v, %v", got, err)
-	}
-}
-
-func TestResults(t *testing.T) {
-	r := &results{Pairs: 3, Seconds: 10, MTU: 1400, Tunnels: []*figures{
-		{Name: "one", Samples: []sample{{tcp1: 4}, {tcp1: 9}, {tcp1: 2}}, MemoryAfter: [2]float64{10, 20.4}},
-		{Name: "two", Samples: []sample{{tcp1: 2}, {tcp1: 3}, {tcp1: 1}}},
-	}}
-	r.complete()
-	if one, two := r.Tunnels[0].Medians[tcp1], r.Tunnels[1].Medians[tcp1]; one != 4 || two != 2 {
-		t.Errorf("medians %v and %v", one, two)
-	}
-	if got := r.Ratios[tcp1]; got != 2 {
-		t.Errorf("ratio %v", got)
-	}
-	if _, ok := r.Ratios[flood]; ok {
-		t.Error("nothing through nothing has a ratio")
-	}
-	var out strings.Builder
-	if err := r.table(&out); err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{"medians of 3 interleaved pairs", "4.00         2.00     2.00\n", "10/20"} {
-		if !strings.Contains(out.String(), want) {
-			t.Errorf("the table lacks %q:\n%s", want, &out)
-		}
-	}
-}
-
-func TestMedian(t *testing.T) {
-	all := []float64{3, 1, 2, 10}
-	if got := median(all); got != 2.5 || all[0] != 3 {
-		t.Errorf("%v of %v", got, all)
-	}
-	if got := median(nil); got != 0 {
-		t.Errorf("median of nothing is %v", got)
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -20,16 +21,28 @@ const (
 	pingSize  = 56
 	pingGrace = time.Second
 	maxPings  = 1 << 16
+	longGap   = time.Second
 
 	echoRequest, echoReply = 8, 0
 	echoHeader             = 8
 )
 
 // pings is the outcome of a row of pings: the round trips of the answered
-// ones, sorted, in milliseconds, and how many got no answer.
+// ones, sorted, in milliseconds, how many got no answer, and the times in
+// seconds, of 1 s or more, in which nothing that was sent was answered.
 type pings struct {
 	RoundTrips []float64 `json:"roundTrips"`
 	Lost       int       `json:"lost"`
+	Gaps       []float64 `json:"gaps"`
+}
+
+// lostShare is in percent.
+func (p pings) lostShare() float64 {
+	all := len(p.RoundTrips) + p.Lost
+	if all == 0 {
+		return 0
+	}
+	return 100 * float64(p.Lost) / float64(all)
 }
 
 // quantile gives the smallest round trip that a share of all does not exceed,
@@ -53,8 +66,40 @@ type pinger struct {
 	trips []time.Duration
 }
 
+// ping has a copy of this program ping the first peer from inside the host
+// that sends.
+func (t *tunnel) ping(ctx context.Context, every, during time.Duration) (pings, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return pings{}, fmt.Errorf("find own program: %w", err)
+	}
+	out, err := output(t.hosts[0].Command(ctx, self, verbPing,
+		"-to", t.addrs[1].String(), "-every", every.String(), "-for", during.String()))
+	if err != nil {
+		return pings{}, err
+	}
+	var p pings
+	if err := json.Unmarshal([]byte(out), &p); err != nil {
+		return pings{}, fmt.Errorf("read pings: %w", err)
+	}
+	return p, nil
+}
+
+// answerPing is all that the copy inside a host does.
+func answerPing(ctx context.Context, o *options) error {
+	addr, err := netip.ParseAddr(o.to)
+	if err != nil {
+		return fmt.Errorf("parse address to ping: %w", err)
+	}
+	p, err := ping(ctx, addr, o.every, o.wait)
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(p)
+}
+
 // ping needs root. It lasts as long as asked for and a grace for answers.
-func ping(ctx context.Context, to netip.Addr, during time.Duration) (pings, error) {
+func ping(ctx context.Context, to netip.Addr, every, during time.Duration) (pings, error) {
 	conn, err := net.DialIP("ip4:icmp", nil, &net.IPAddr{IP: to.AsSlice()})
 	if err != nil {
 		return pings{}, fmt.Errorf("open ping socket: %w", err)
@@ -64,7 +109,7 @@ func ping(ctx context.Context, to netip.Addr, during time.Duration) (pings, erro
 	g.Go(p.receive)
 	g.Go(func() error {
 		defer conn.Close()
-		return p.send(ctx, int(during/pingEvery))
+		return p.send(ctx, every, int(during/every))
 	})
 	if err := g.Wait(); err != nil {
 		return pings{}, err
@@ -72,8 +117,8 @@ func ping(ctx context.Context, to netip.Addr, during time.Duration) (pings, erro
 	return p.outcome(), nil
 }
 
-func (p *pinger) send(ctx context.Context, count int) error {
-	tick := time.NewTicker(pingEvery)
+func (p *pinger) send(ctx context.Context, every time.Duration, count int) error {
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for seq := range min(count, maxPings) {
 		p.mu.Lock()
@@ -126,15 +171,33 @@ func (p *pinger) outcome() pings {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var out pings
-	for _, trip := range p.trips {
+	begin := -1 // of the gap
+	for i, trip := range p.trips {
 		if trip < 0 {
 			out.Lost++
+			if begin < 0 {
+				begin = i
+			}
 			continue
 		}
 		out.RoundTrips = append(out.RoundTrips, float64(trip)/float64(time.Millisecond))
+		if begin >= 0 {
+			out.gap(p.sent[i].Sub(p.sent[begin]))
+		}
+		begin = -1
+	}
+	if begin >= 0 {
+		out.gap(p.sent[len(p.sent)-1].Sub(p.sent[begin]))
 	}
 	slices.Sort(out.RoundTrips)
 	return out
+}
+
+// gap notes a time without answers if it is long.
+func (p *pings) gap(d time.Duration) {
+	if d >= longGap {
+		p.Gaps = append(p.Gaps, d.Seconds())
+	}
 }
 
 // echo writes an echo request:

@@ -2,11 +2,15 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -45,26 +49,52 @@ func findProcess(space, program string) (int, error) {
 	return found, nil
 }
 
-// work is CPU time in seconds: of the daemons of a tunnel, and of the whole
+// work is CPU time in seconds: of each daemon of a tunnel, and of the whole
 // machine.
-type work struct{ daemons, machine float64 }
-
-func (w work) since(earlier work) work {
-	return work{w.daemons - earlier.daemons, w.machine - earlier.machine}
+type work struct {
+	daemons []float64
+	machine float64
 }
 
-func workOf(pids [2]int) (work, error) {
+// sum is the time of all daemons.
+func (w work) sum() (all float64) {
+	for _, one := range w.daemons {
+		all += one
+	}
+	return all
+}
+
+// spend says what is used while f runs.
+func (t *tunnel) spend(f func() error) (work, error) {
+	before, err := workOf(t.pids)
+	if err != nil {
+		return work{}, err
+	}
+	if err := f(); err != nil {
+		return work{}, err
+	}
+	used, err := workOf(t.pids)
+	if err != nil {
+		return work{}, err
+	}
+	for i := range used.daemons {
+		used.daemons[i] -= before.daemons[i]
+	}
+	used.machine -= before.machine
+	return used, nil
+}
+
+func workOf(pids []int) (work, error) {
 	var w work
 	for _, pid := range pids {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			return work{}, fmt.Errorf("read CPU time of process: %w", err)
+		// The clock of a process, as clock_getcpuclockid(3) makes its name
+		// from the pid: finer than the ticks in /proc.
+		const scheduled = 2
+		var used unix.Timespec
+		if err := unix.ClockGettime(int32(^pid<<3|scheduled), &used); err != nil {
+			return work{}, fmt.Errorf("read CPU time of process %d: %w", pid, err)
 		}
-		seconds, err := processSeconds(text)
-		if err != nil {
-			return work{}, err
-		}
-		w.daemons += seconds
+		w.daemons = append(w.daemons, time.Duration(used.Nano()).Seconds())
 	}
 	text, err := os.ReadFile("/proc/stat")
 	if err != nil {
@@ -72,26 +102,6 @@ func workOf(pids [2]int) (work, error) {
 	}
 	w.machine, err = machineSeconds(text)
 	return w, err
-}
-
-// processSeconds reads proc_pid_stat(5): utime and stime, the fields 14 and
-// 15. The second field, the name, may have spaces in it and ends in the last
-// parenthesis.
-func processSeconds(text []byte) (float64, error) {
-	const user, system = 14 - 3, 15 - 3
-	fields := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
-	if len(fields) <= system {
-		return 0, fmt.Errorf("read CPU time of process: %d fields", len(fields))
-	}
-	var ticks float64
-	for _, i := range []int{user, system} {
-		n, err := strconv.ParseUint(string(fields[i]), 10, 64)
-		if err != nil {
-			return 0, fmt.Errorf("read CPU time of process: %w", err)
-		}
-		ticks += float64(n)
-	}
-	return ticks / ticksPerSecond, nil
 }
 
 // machineSeconds reads proc_stat(5): all that is neither idle nor waiting nor
@@ -116,33 +126,56 @@ func machineSeconds(text []byte) (float64, error) {
 	return ticks / ticksPerSecond, nil
 }
 
-// memoryOf gives the resident memory of each daemon, in megabytes.
-func memoryOf(pids [2]int) ([2]float64, error) {
-	var all [2]float64
-	for i, pid := range pids {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-		if err != nil {
-			return all, fmt.Errorf("read memory of process: %w", err)
-		}
-		if all[i], err = residentMegabytes(string(text)); err != nil {
-			return all, err
-		}
-	}
-	return all, nil
+// process is what a daemon holds: resident memory now and at most, in
+// megabytes, threads and open files.
+type process struct {
+	memory, peak float64
+	threads      int
+	files        int
 }
 
-// residentMegabytes reads proc_pid_status(5).
-func residentMegabytes(text string) (float64, error) {
+func processOf(pid int) (process, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return process{}, fmt.Errorf("read status of process: %w", err)
+	}
+	p, err := parseStatus(string(text))
+	if err != nil {
+		return process{}, err
+	}
+	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		return process{}, fmt.Errorf("list files of process: %w", err)
+	}
+	p.files = len(files)
+	return p, nil
+}
+
+// parseStatus reads proc_pid_status(5).
+func parseStatus(text string) (process, error) {
+	values := map[string]uint64{"VmRSS:": 0, "VmHWM:": 0, "Threads:": 0}
+	seen := 0
 	for line := range strings.Lines(text) {
 		fields := strings.Fields(line)
-		if len(fields) < 2 || fields[0] != "VmRSS:" {
+		if len(fields) < 2 {
+			continue
+		}
+		if _, ok := values[fields[0]]; !ok {
 			continue
 		}
 		n, err := strconv.ParseUint(fields[1], 10, 64)
 		if err != nil {
-			return 0, fmt.Errorf("read memory of process: %w", err)
+			return process{}, fmt.Errorf("read status of process: %w", err)
 		}
-		return float64(n) * kibibyte / megabyte, nil
+		values[fields[0]] = n
+		seen++
 	}
-	return 0, fmt.Errorf("read memory of process: no VmRSS")
+	if seen != len(values) {
+		return process{}, errors.New("read status of process: it lacks memory or threads")
+	}
+	return process{
+		memory:  float64(values["VmRSS:"]) * kibibyte / megabyte,
+		peak:    float64(values["VmHWM:"]) * kibibyte / megabyte,
+		threads: int(values["Threads:"]),
+	}, nil
 }

@@ -4,103 +4,95 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"os"
+	"runtime"
 	"slices"
+	"strings"
 	"time"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
 )
-
-// metric names a figure, as in JSON.
-type metric string
-
-const (
-	tcp1     metric = "tcp1Gbps"
-	daemons1 metric = "tcp1DaemonSecondsPerGB"
-	machine1 metric = "tcp1MachineSecondsPerGB"
-	resent   metric = "tcp1Retransmits"
-	tcp4     metric = "tcp4Gbps"
-	daemons4 metric = "tcp4DaemonSecondsPerGB"
-	machine4 metric = "tcp4MachineSecondsPerGB"
-	idle50   metric = "pingIdleP50ms"
-	idle99   metric = "pingIdleP99ms"
-	idleBusy metric = "idleMachineBusyPercent"
-	load50   metric = "pingLoadP50ms"
-	load99   metric = "pingLoadP99ms"
-	loadLost metric = "pingLoadLostPercent"
-	flood    metric = "udp64Kpps"
-)
-
-// row is a metric as the table shows it.
-type row struct {
-	metric metric
-	label  string
-}
-
-func rows() []row {
-	return []row{
-		{tcp1, "TCP 1 stream, Gbit/s"},
-		{daemons1, "  daemons, CPU s/GB"},
-		{machine1, "  machine, CPU s/GB"},
-		{resent, "  segments sent again"},
-		{tcp4, "TCP 4 streams, Gbit/s"},
-		{daemons4, "  daemons, CPU s/GB"},
-		{machine4, "  machine, CPU s/GB"},
-		{idle50, "ping idle p50, ms"},
-		{idle99, "ping idle p99, ms"},
-		{idleBusy, "  machine busy meanwhile, %"},
-		{load50, "ping under load p50, ms"},
-		{load99, "ping under load p99, ms"},
-		{loadLost, "  lost, %"},
-		{flood, "UDP 64 B received, kpps"},
-	}
-}
-
-// sample is every figure of one tunnel, taken once.
-type sample map[metric]float64
 
 // figures is all of one tunnel. Memory is resident, in megabytes, of the
-// daemon on a, which sent, and on b.
+// daemon on a, which sent, and of those on the others; the peak is since its
+// start. Ratios are against the first tunnel.
 type figures struct {
-	Name         string     `json:"name"`
-	Samples      []sample   `json:"samples"`
-	Medians      sample     `json:"medians"`
-	MemoryBefore [2]float64 `json:"rssBeforeMB"`
-	MemoryAfter  [2]float64 `json:"rssAfterMB"`
+	Name         string    `json:"name"`
+	Samples      []sample  `json:"samples"`
+	Medians      sample    `json:"medians"`
+	Ratios       sample    `json:"ratios,omitempty"`
+	MemoryBefore []float64 `json:"rssBeforeMB"`
+	MemoryAfter  []float64 `json:"rssAfterMB"`
+	MemoryPeak   []float64 `json:"rssPeakMB"`
 }
 
-// results is what a run says. Ratios are the first tunnel's figures through
-// the second's: the median of the pairs' ratios, which a machine that gets
-// slower during the run does not move.
+// results is what a run says. Every tunnel is compared with the base: raw
+// where it is among them, otherwise the first. A ratio is the median of the
+// rounds' ratios, which a machine that gets slower during the run does not
+// move. Ratios are those of the last tunnel.
 type results struct {
 	Schema  int        `json:"schema"`
 	Time    time.Time  `json:"time"`
+	Machine string     `json:"machine"`
+	Setting string     `json:"setting,omitempty"`
 	Pairs   int        `json:"pairs"`
 	Seconds int        `json:"seconds"`
 	MTU     int        `json:"mtu"`
 	Tunnels []*figures `json:"tunnels"`
 	Ratios  sample     `json:"ratios"`
+
+	cases [][]row
 }
 
 // complete computes medians and ratios.
 func (r *results) complete() {
-	r.Ratios = sample{}
+	base := r.Tunnels[0]
+	for _, f := range r.Tunnels {
+		if f.Name == variantRaw {
+			base = f
+		}
+	}
 	for _, f := range r.Tunnels {
 		f.Medians = sample{}
-	}
-	for _, row := range rows() {
-		m := row.metric
-		for _, f := range r.Tunnels {
+		for _, m := range f.metrics() {
 			f.Medians[m] = median(f.column(m))
 		}
-		var ratios []float64
-		first, second := r.Tunnels[0].column(m), r.Tunnels[1].column(m)
-		for i := range first {
-			if second[i] > 0 {
-				ratios = append(ratios, first[i]/second[i])
+		if f == base {
+			continue
+		}
+		f.Ratios = sample{}
+		for m := range f.Medians {
+			if ratio, ok := f.ratio(base, m); ok {
+				f.Ratios[m] = ratio
 			}
 		}
-		if len(ratios) > 0 {
-			r.Ratios[m] = median(ratios)
+		r.Ratios = f.Ratios
+	}
+}
+
+// ratio is that of two tunnels in a metric, where base is not always 0.
+func (f *figures) ratio(base *figures, m metric) (float64, bool) {
+	var all []float64
+	one, two := f.column(m), base.column(m)
+	for i := range min(len(one), len(two)) {
+		if two[i] > 0 {
+			all = append(all, one[i]/two[i])
 		}
 	}
+	return median(all), len(all) > 0
+}
+
+func (f *figures) metrics() []metric {
+	var all []metric
+	for _, s := range f.Samples {
+		for m := range s {
+			if !slices.Contains(all, m) {
+				all = append(all, m)
+			}
+		}
+	}
+	return all
 }
 
 func (f *figures) column(m metric) []float64 {
@@ -124,37 +116,118 @@ func median(all []float64) float64 {
 	return (sorted[half-1] + sorted[half]) / 2
 }
 
-// lostShare is in percent.
-func (p pings) lostShare() float64 {
-	all := len(p.RoundTrips) + p.Lost
-	if all == 0 {
-		return 0
+// show prints the medians side by side, of brief runs only the main figure of
+// every case.
+func show(to io.Writer, o *options, brief bool, runs ...*results) error {
+	if len(runs) == 0 {
+		return nil
 	}
-	return 100 * float64(p.Lost) / float64(all)
-}
-
-// table prints the medians side by side.
-func (r *results) table(to io.Writer) error {
-	first, second := r.Tunnels[0], r.Tunnels[1]
+	r := runs[0]
 	var text bytes.Buffer
-	line := func(label, one, two, ratio string) {
-		fmt.Fprintf(&text, "%-28s %12s %12s %8s\n", label, one, two, ratio)
+	fmt.Fprintf(&text, "\n%s; medians of %d interleaved rounds, %d s each, MTU %d; ratios are medians of the rounds' ratios\n\n",
+		r.Machine, r.Pairs, r.Seconds, r.MTU)
+	render := columns
+	if o.markdown {
+		render = markdown
 	}
-	fmt.Fprintf(&text, "\nmedians of %d interleaved pairs, %d s each, MTU %d; ratio is the median of the pairs' ratios\n\n", r.Pairs, r.Seconds, r.MTU)
-	line("", first.Name, second.Name, "ratio")
-	for _, row := range rows() {
-		ratio := ""
-		if x, ok := r.Ratios[row.metric]; ok {
-			ratio = fmt.Sprintf("%.2f", x)
-		}
-		line(row.label, figure(first.Medians[row.metric]), figure(second.Medians[row.metric]), ratio)
+	cells := [][]string{r.head()}
+	for _, r := range runs {
+		cells = append(cells, r.cells(brief)...)
 	}
-	line("RSS before, a/b, MB", ends(first.MemoryBefore), ends(second.MemoryBefore), "")
-	line("RSS after, a/b, MB", ends(first.MemoryAfter), ends(second.MemoryAfter), "")
+	render(&text, cells)
 	if _, err := to.Write(text.Bytes()); err != nil {
 		return fmt.Errorf("print table: %w", err)
 	}
 	return nil
+}
+
+// head and cells are the table: a label, a figure of every tunnel, and the
+// ratios of all but the base.
+func (r *results) head() []string {
+	var names, ratios []string
+	for _, f := range r.Tunnels {
+		names = append(names, f.Name)
+		if f.Ratios != nil {
+			ratios = append(ratios, "× "+f.Name)
+		}
+	}
+	return slices.Concat([]string{""}, names, ratios)
+}
+
+func (r *results) cells(brief bool) [][]string {
+	var all [][]string
+	for _, rows := range r.cases {
+		if brief {
+			label := rows[0].label
+			if r.Setting != "" {
+				label = r.Setting + ": " + label
+			}
+			all = append(all, r.line(row{rows[0].metric, label}))
+			continue
+		}
+		for _, row := range rows {
+			all = append(all, r.line(row))
+		}
+	}
+	if brief {
+		return all
+	}
+	memory := func(label string, of func(*figures) []float64) {
+		line := []string{label}
+		for _, f := range r.Tunnels {
+			line = append(line, ends(of(f)))
+		}
+		all = append(all, line)
+	}
+	memory("RSS before, a/b, MB", func(f *figures) []float64 { return f.MemoryBefore })
+	memory("RSS after, a/b, MB", func(f *figures) []float64 { return f.MemoryAfter })
+	memory("RSS peak, a/b, MB", func(f *figures) []float64 { return f.MemoryPeak })
+	return all
+}
+
+func (r *results) line(w row) []string {
+	line, ratios := []string{w.label}, []string(nil)
+	for _, f := range r.Tunnels {
+		line = append(line, figure(f.Medians[w.metric]))
+		if f.Ratios == nil {
+			continue
+		}
+		ratio := ""
+		if x, ok := f.Ratios[w.metric]; ok && !strings.HasSuffix(string(w.metric), "Percent") {
+			ratio = fmt.Sprintf("%.2f", x)
+		}
+		ratios = append(ratios, ratio)
+	}
+	return append(line, ratios...)
+}
+
+// columns prints a table for a terminal.
+func columns(to *bytes.Buffer, cells [][]string) {
+	widths := make([]int, len(cells[0]))
+	for _, line := range cells {
+		for i, cell := range line {
+			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+		}
+	}
+	for _, line := range cells {
+		text := fmt.Sprintf("%-*s", widths[0], line[0])
+		for i, cell := range line[1:] {
+			text += fmt.Sprintf("  %*s", max(widths[i+1], 8), cell)
+		}
+		fmt.Fprintln(to, strings.TrimRight(text, " "))
+	}
+}
+
+// markdown prints a table for the readme.
+func markdown(to *bytes.Buffer, cells [][]string) {
+	for i, line := range cells {
+		line = append(slices.Clone(line), make([]string, len(cells[0])-len(line))...)
+		line[0] = strings.ReplaceAll(line[0], "  ", "· ")
+		fmt.Fprintf(to, "| %s |\n", strings.Join(line, " | "))
+		if i == 0 {
+			fmt.Fprintln(to, strings.Repeat("|---", len(line))+"|")
+		}
+	}
 }
 
 // figure shows what a measurement of this kind can tell: two digits or three.
@@ -169,4 +242,28 @@ func figure(x float64) string {
 	}
 }
 
-func ends(mb [2]float64) string { return fmt.Sprintf("%.0f/%.0f", mb[0], mb[1]) }
+func ends(mb []float64) string {
+	var all []string
+	for _, x := range mb {
+		all = append(all, fmt.Sprintf("%.0f", x))
+	}
+	return strings.Join(all, "/")
+}
+
+// machine says what the figures are of.
+func machine() string {
+	text := fmt.Sprintf("%d CPUs", runtime.NumCPU())
+	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(info)) {
+			if name, model, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+				text += " (" + strings.TrimSpace(model) + ")"
+				break
+			}
+		}
+	}
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		text += ", Linux " + unix.ByteSliceToString(u.Release[:])
+	}
+	return text
+}

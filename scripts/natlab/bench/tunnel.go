@@ -10,186 +10,142 @@ import (
 	"strings"
 	"time"
 
-	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
-
 	"overlay/scripts/natlab"
 )
 
 const (
 	readyWait  = 15 * time.Second
 	readyPause = 100 * time.Millisecond
-	rawPort    = 51820
+	iperfPort  = 5201
+	sidePort   = 5202 // of measurements beside another
 )
 
-// tunnel is one way from host a to host b.
-type tunnel struct {
-	name         string
-	addrA, addrB netip.Addr
-	// pids are the two daemons, on a and on b.
-	pids [2]int
+// layout is the network a tunnel is measured in: one host that sends, and its
+// peers.
+type layout struct {
+	peers int
+	nat   bool // the host that sends is behind one
+	ipv6  bool // measurements inside the tunnel use IPv6, too
+	side  bool // measurements run beside another
+	// profiles are files for the CPU profiles of the daemons, if any.
+	profiles []string
 }
 
-// build makes the two hosts and the two tunnels between them.
-func (b *bench) build(ctx context.Context) error {
-	b.say("building two public hosts, the overlay and raw wireguard-go between them")
-	var err error
-	if b.a, err = b.lab.Server(ctx, "a"); err != nil {
-		return err
-	}
-	if b.b, err = b.lab.Server(ctx, "b"); err != nil {
-		return err
-	}
-	first := b.overlay
-	if b.opts.control {
-		first = func(ctx context.Context) (*tunnel, error) { return b.raw(ctx, "control", 2) }
-	}
-	for _, make := range []func(context.Context) (*tunnel, error){
-		first,
-		func(ctx context.Context) (*tunnel, error) { return b.raw(ctx, "raw", 1) },
-	} {
-		t, err := make(ctx)
+// tunnel is one way from the first of some hosts to the others.
+type tunnel struct {
+	name  string
+	hosts []*natlab.Host
+	// addrs and addrs6 are the addresses inside, pids the daemons, both of
+	// each host.
+	addrs, addrs6 []netip.Addr
+	pids          []int
+}
+
+// build makes every variant its own hosts and its own tunnel, all alike.
+func (b *bench) build(ctx context.Context, l layout) error {
+	for _, variant := range b.opts.variants {
+		t, err := b.open(ctx, variant, l)
 		if err != nil {
 			return err
-		}
-		if err := b.ready(ctx, t); err != nil {
-			return fmt.Errorf("start %s: %w", t.name, err)
 		}
 		b.tunnels = append(b.tunnels, t)
 	}
 	return nil
 }
 
-// overlay makes a mesh of the two hosts as a user does.
-func (b *bench) overlay(ctx context.Context) (*tunnel, error) {
-	if err := b.lab.Build(ctx); err != nil {
+// open makes one variant's hosts and tunnel.
+func (b *bench) open(ctx context.Context, variant string, l layout) (*tunnel, error) {
+	b.say("building %s between %d hosts", variant, 1+l.peers)
+	t := &tunnel{name: variant}
+	if err := b.addHosts(ctx, t, l); err != nil {
 		return nil, err
 	}
-	server, err := b.lab.Server(ctx, "server")
-	if err != nil {
-		return nil, err
+	start := b.mesh
+	if variant == variantRaw || variant == variantControl {
+		start = b.raw
 	}
-	_, invite, err := server.StartCoord(ctx)
-	if err != nil {
-		return nil, err
+	if err := start(ctx, t, l); err != nil {
+		return nil, fmt.Errorf("start %s: %w", variant, err)
 	}
-	for _, h := range []*natlab.Host{b.a, b.b} {
-		out, err := output(h.Overlay(ctx, "up", "--mtu", fmt.Sprint(b.opts.mtu), invite))
-		if err != nil {
-			return nil, err
-		}
-		lines := strings.Split(strings.TrimSpace(out), "\n")
-		invite = lines[len(lines)-1]
-	}
-	if _, err := output(b.a.Overlay(ctx, "ping", b.b.Name(), "--until-direct")); err != nil {
-		return nil, err
-	}
-	status, err := b.a.Status(ctx)
-	if err != nil {
-		return nil, err
-	}
-	peer, err := status.Peer(b.b.Name())
-	if err != nil {
-		return nil, err
-	}
-	if peer.Path.Kind != "direct" {
-		return nil, fmt.Errorf("the path of the overlay is %s, not direct", peer.Path.Kind)
-	}
-	t := &tunnel{name: "overlay", addrA: status.Self.IPv4, addrB: peer.IPv4}
-	return t, b.findDaemons(ctx, t, "overlay")
-}
-
-// raw makes a tunnel of wireguard-go as its manual says. Tunnels that exist at
-// the same time differ in their number.
-func (b *bench) raw(ctx context.Context, name string, number int) (*tunnel, error) {
-	t := &tunnel{
-		name:  name,
-		addrA: netip.AddrFrom4([4]byte{10, 98, byte(number), 1}),
-		addrB: netip.AddrFrom4([4]byte{10, 98, byte(number), 2}),
-	}
-	keyA, err := wgtypes.GeneratePrivateKey()
-	if err != nil {
-		return nil, fmt.Errorf("make key: %w", err)
-	}
-	keyB, err := wgtypes.GeneratePrivateKey()
-	if err != nil {
-		return nil, fmt.Errorf("make key: %w", err)
-	}
-	end := rawEnd{device: fmt.Sprintf("wg%d", number), port: rawPort + number, mtu: b.opts.mtu}
-	end.key, end.addr, end.peer, end.peerAddr, end.peerHost = keyA, t.addrA, keyB.PublicKey(), t.addrB, b.b.Addr()
-	if t.pids[0], err = b.startRaw(ctx, b.a, end); err != nil {
-		return nil, err
-	}
-	end.key, end.addr, end.peer, end.peerAddr, end.peerHost = keyB, t.addrB, keyA.PublicKey(), t.addrA, b.a.Addr()
-	if t.pids[1], err = b.startRaw(ctx, b.b, end); err != nil {
-		return nil, err
+	if err := b.ready(ctx, t, l); err != nil {
+		return nil, fmt.Errorf("start %s: %w", variant, err)
 	}
 	return t, nil
 }
 
-// rawEnd is what one end of a raw tunnel is told.
-type rawEnd struct {
-	device    string
-	port, mtu int
-	key, peer wgtypes.Key
-
-	addr, peerAddr, peerHost netip.Addr
-}
-
-// startRaw gives the process id of the daemon.
-func (b *bench) startRaw(ctx context.Context, h *natlab.Host, end rawEnd) (int, error) {
-	daemon := h.Command(context.WithoutCancel(ctx), b.opts.wireguard, "-f", end.device)
-	daemon.Env = append(daemon.Env, "LOG_LEVEL=error")
-	if err := daemon.Start(); err != nil {
-		return 0, fmt.Errorf("start wireguard-go on %s: %w", h.Name(), err)
-	}
-	// The lab ends it; it needs no Wait, because this program ends as well.
-	setUp := h.Command(ctx, "/bin/sh", "-ec", fmt.Sprintf(`
-		n=0
-		until wg show %[1]s >/dev/null 2>&1; do
-			n=$((n + 1)); [ $n -lt 100 ]; sleep 0.05
-		done
-		wg set %[1]s private-key /dev/stdin listen-port %[2]d \
-			peer %[3]s endpoint %[4]s:%[2]d allowed-ips %[5]s/32
-		ip addr add %[6]s/24 dev %[1]s
-		ip link set %[1]s mtu %[7]d up`,
-		end.device, end.port, end.peer, end.peerHost, end.peerAddr, end.addr, end.mtu))
-	setUp.Stdin = strings.NewReader(end.key.String() + "\n")
-	if _, err := output(setUp); err != nil {
-		return 0, err
-	}
-	return daemon.Process.Pid, nil
-}
-
-// findDaemons looks up the daemons of a tunnel by the name of their program.
-func (b *bench) findDaemons(ctx context.Context, t *tunnel, program string) error {
-	for i, h := range []*natlab.Host{b.a, b.b} {
-		space, err := output(h.Command(ctx, "readlink", "/proc/self/ns/net"))
+func (b *bench) addHosts(ctx context.Context, t *tunnel, l layout) error {
+	for i := range 1 + l.peers {
+		var h *natlab.Host
+		var err error
+		name := fmt.Sprintf("%s-%c", t.name, 'a'+i)
+		if i == 0 && l.nat {
+			h, err = b.laptop(ctx, name)
+		} else {
+			h, err = b.lab.Server(ctx, name)
+		}
 		if err != nil {
 			return err
 		}
-		if t.pids[i], err = findProcess(strings.TrimSpace(space), program); err != nil {
-			return err
+		t.hosts = append(t.hosts, h)
+	}
+	return nil
+}
+
+func (b *bench) laptop(ctx context.Context, name string) (*natlab.Host, error) {
+	home, err := b.lab.Home(ctx, name+"-home", natlab.Masquerade)
+	if err != nil {
+		return nil, err
+	}
+	return home.Laptop(ctx, name)
+}
+
+// ready starts the other side of the measurements and waits until packets
+// pass.
+func (b *bench) ready(ctx context.Context, t *tunnel, l layout) error {
+	for i := range l.peers {
+		for _, s := range b.streams(t, i+1, l) {
+			server := []string{"-s", "-B", s.to.String(), "-p", fmt.Sprint(s.port)}
+			if _, err := t.hosts[i+1].Start(context.WithoutCancel(ctx), nil, "iperf3", server...); err != nil {
+				return err
+			}
+			if err := s.await(ctx); err != nil {
+				return fmt.Errorf("wait for packets to %s: %w", s.to, err)
+			}
 		}
 	}
 	return nil
 }
 
-// ready starts the other side of the measurements and waits until packets
-// pass.
-func (b *bench) ready(ctx context.Context, t *tunnel) error {
-	if _, err := b.b.Start(context.WithoutCancel(ctx), nil, "iperf3", "-s", "-B", t.addrB.String()); err != nil {
-		return err
+// streams are all that a layout wants to be possible to one peer.
+func (b *bench) streams(t *tunnel, peer int, l layout) []stream {
+	s := b.stream(t, peer)
+	all := []stream{s}
+	if l.ipv6 {
+		six := s
+		six.from, six.to = t.addrs6[0], t.addrs6[peer]
+		all = append(all, six)
 	}
+	if l.side {
+		side := s
+		side.port = sidePort
+		all = append(all, side)
+	}
+	return all
+}
+
+// await tries until a little of a stream arrives.
+func (s stream) await(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyWait)
 	defer cancel()
+	s.seconds = 0
 	for {
-		_, err := b.iperf(ctx, t, "-n", "100K")
+		_, err := s.iperf(ctx, "-n", "100K")
 		if err == nil {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait for packets through %s: %w", t.name, errors.Join(ctx.Err(), err))
+			return errors.Join(ctx.Err(), err)
 		case <-time.After(readyPause):
 		}
 	}
@@ -203,5 +159,5 @@ func output(cmd *exec.Cmd) (string, error) {
 	if err := cmd.Run(); err != nil {
 		return "", fmt.Errorf("run %s: %w: %s", cmd, err, bytes.TrimSpace(append(complaint.Bytes(), out.Bytes()...)))
 	}
-	return out.String(), nil
+	return strings.TrimSpace(out.String()), nil
 }

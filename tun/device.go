@@ -106,6 +106,9 @@ func (d *Device) openTUN() error {
 	if d.tunnel, err = newTunnel(native, d.peers, d.bind, c); err != nil {
 		return errors.Join(fmt.Errorf("take over interface %q: %w", c.Name, err), native.Close())
 	}
+	if c.Processors {
+		d.tunnel.procs = newProcs(d.log)
+	}
 	return nil
 }
 

@@ -37,6 +37,11 @@ type Config struct {
 	// "-large", comma-separated; empty means all on. Without "-large" peers that
 	// can take large messages get them.
 	Offloads string
+	// Processors lets the Device choose how many processors run Go code, from 1
+	// to what GOMAXPROCS was at Open, by the load; Close puts that back. It is for
+	// a process that has one Device and little else to do, since GOMAXPROCS is
+	// the whole process's. Where the environment sets GOMAXPROCS, that stays.
+	Processors bool
 
 	// Receive gets every STUN-shaped datagram, in the receiving goroutine, with
 	// the local address it arrived at (zero: unknown); b is valid during the

@@ -32,6 +32,7 @@ type tunnel struct {
 	writer     writer
 	reports    reports
 	dropped    dropped
+	procs      *procs // nil: the number of processors stays
 	events     chan wgtun.Event
 	forwarding sync.WaitGroup // forward, until the device closes its events
 	done       chan struct{}  // Close was called
@@ -137,6 +138,7 @@ func (n *tunnel) Close() error {
 	var err error
 	n.once.Do(func() {
 		close(n.done)
+		n.procs.close()
 		err = n.Device.Close()
 		n.forwarding.Wait()
 	})
@@ -146,6 +148,7 @@ func (n *tunnel) Close() error {
 // Read returns packets of the kernel and containers of them, at least one. It
 // waits while wireguard-go holds too many.
 func (n *tunnel) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	n.procs.sample()
 	r := &n.reader
 	r.begin(bufs, sizes, offset)
 	for {
@@ -182,6 +185,7 @@ func (n *tunnel) Write(bufs [][]byte, offset int) (int, error) {
 	if len(bufs) == 0 {
 		return 0, nil
 	}
+	n.procs.sample()
 	src, _ := innerAddrs(bufs[0][offset:])
 	p := n.peers.byAddr(src)
 	packets, errno := n.writer.write(bufs, offset, p, src)

@@ -20,8 +20,9 @@ type half struct {
 
 func newHalf(t testing.TB, k Key) *half {
 	table := newPeers()
-	table.set([]Peer{peerOf(k, true)})
-	h := &half{b: newBind(Config{}, table), bufs: buffers(), sizes: make([]int, batchSize), eps: make([]conn.Endpoint, batchSize)}
+	table.large = true
+	table.set([]Peer{largePeer(k)})
+	h := &half{b: newBind(Config{MTU: 1400}, table), bufs: buffers(), sizes: make([]int, batchSize), eps: make([]conn.Endpoint, batchSize)}
 	fns, _, err := h.b.Open(0)
 	if err != nil {
 		t.Fatal(err)
@@ -66,12 +67,34 @@ func (h *half) receive(t testing.TB, want int) {
 	}
 }
 
+// largeBatches are other messages for a benchPair: a super-packet in one, and
+// three of four segments.
+func largeBatches() map[string][][]byte {
+	return map[string][][]byte{
+		"whole": {dataMessage(3, 1, 62000)},
+		"some":  {dataMessage(3, 1, 5502), dataMessage(3, 2, 5502), dataMessage(3, 3, 5502)},
+	}
+}
+
 func BenchmarkBind(b *testing.B) {
-	x, y := benchPair(b)
-	b.SetBytes(45 * 1432)
-	b.ReportAllocs()
-	for b.Loop() {
-		x.send(b)
-		y.receive(b, len(x.out))
+	run := func(b *testing.B, out [][]byte) {
+		x, y := benchPair(b)
+		if out != nil {
+			x.out = out
+		}
+		size := 0
+		for _, m := range x.out {
+			size += len(m)
+		}
+		b.SetBytes(int64(size))
+		b.ReportAllocs()
+		for b.Loop() {
+			x.send(b)
+			y.receive(b, len(x.out))
+		}
+	}
+	b.Run("plain", func(b *testing.B) { run(b, nil) })
+	for name, out := range largeBatches() {
+		b.Run(name, func(b *testing.B) { run(b, out) })
 	}
 }

@@ -630,10 +630,21 @@ func FuzzParseControl(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, b []byte) { parseControl(b) })
 }
 
-// Batches go both ways without allocating.
+// Batches go both ways without allocating, whole and in fragments, which come in
+// one piece or not.
 func TestBindAllocatesNothing(t *testing.T) {
 	a, b := benchPair(t)
-	if n := testing.AllocsPerRun(200, func() { a.send(t); b.receive(t, len(a.out)) }); n >= 1 {
-		t.Errorf("%v allocations", n)
+	batches := largeBatches()
+	batches["plain"] = a.out
+	for name, out := range batches {
+		for _, gro := range []int{1, 0} {
+			if err := b.b.open.Load().v4.set(unix.IPPROTO_UDP, unix.UDP_GRO, gro); err != nil {
+				t.Fatal(err)
+			}
+			a.out = out
+			if n := testing.AllocsPerRun(200, func() { a.send(t); b.receive(t, len(out)) }); n >= 1 {
+				t.Errorf("%s, gro %d: %v allocations", name, gro, n)
+			}
+		}
 	}
 }

@@ -41,18 +41,18 @@ const (
 type leveler struct {
 	now atomic.Int32 // 0: levelSome
 
-	mu    sync.Mutex
-	track track
+	mu sync.Mutex
+	track
 }
 
 // track is what a leveler knows about its path.
 type track struct {
-	last   evidence // the peer's totals
-	synced bool     // last is set
-	quiet  bool     // reports do not count until levelQuiet after moved
-	stale  bool     // the next report begins to be quiet: the path is new
-	rose   bool     // the last move was a rise
-	moved  time.Duration
+	last  evidence // the peer's totals
+	begun bool     // last is set
+	quiet bool     // reports do not count until levelQuiet after moved
+	stale bool     // the next report begins to be quiet: the path is new
+	rose  bool     // the last move was a rise
+	moved time.Duration
 
 	window   evidence      // the latest
 	clean    evidence      // since the path may be clean
@@ -98,8 +98,8 @@ func (l *leveler) report(received, missing uint32, now time.Duration) {
 	t.quiet = false
 	newly, lost := received-t.last.received, missing-t.last.missing
 	t.last = evidence{received: received, missing: missing}
-	if !t.synced || newly > reportLimit || lost > reportLimit {
-		t.synced = true
+	if !t.begun || newly > reportLimit || lost > reportLimit {
+		t.begun = true
 		t.window, t.clean = evidence{since: now}, evidence{since: now}
 		return
 	}
@@ -172,7 +172,7 @@ func (l *leveler) rise(now time.Duration) {
 
 func (l *leveler) move(to int, now time.Duration) {
 	l.now.Store(int32(to))
-	l.track.moved, l.track.quiet, l.track.synced = now, true, false
+	l.track.moved, l.track.quiet, l.track.begun = now, true, false
 }
 
 // reset begins anew, on another path.
@@ -180,5 +180,5 @@ func (l *leveler) reset() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.now.Store(0)
-	l.track = track{stale: l.track.synced || l.track.quiet || l.track.stale}
+	l.track = track{stale: l.track.begun || l.track.quiet || l.track.stale}
 }

@@ -128,6 +128,23 @@ func TestProcsLeavesAlone(t *testing.T) {
 	}
 }
 
+func TestDeviceProcessors(t *testing.T) {
+	s := newSpace(t)
+	t.Setenv("GOMAXPROCS", "")
+	before := runtime.GOMAXPROCS(3)
+	defer runtime.GOMAXPROCS(before)
+	d := newNode(t, s, 1, func(c *Config) { c.Processors = true })
+	if n := runtime.GOMAXPROCS(0); n != 1 {
+		t.Errorf("starts with %d processors", n)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := runtime.GOMAXPROCS(0); n != 3 {
+		t.Errorf("%d processors after closing", n)
+	}
+}
+
 // Real clocks: a sample a quarter of a second apart, and what it says is
 // possible on this machine.
 func TestProcsSamples(t *testing.T) {

@@ -103,6 +103,8 @@ func (s segments) super() ([]byte, virtio) {
 	if s.udp {
 		h.sumOffset, h.kind = udpSum, kindUDP
 	}
+	l := layoutOf(p)
+	binary.BigEndian.PutUint16(p[h.sumStart+h.sumOffset:], fold(l.pseudo(len(p))))
 	return p, h
 }
 

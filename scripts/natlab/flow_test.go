@@ -176,48 +176,44 @@ func (n *node) tally(t *testing.T, name, match string) func() int {
 		if err != nil || found == nil {
 			t.Fatalf("count %s on %s: %v: %s", name, n.name, err, text)
 		}
-		count, err := strconv.Atoi(string(found[1]))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return count
+		return number(t, string(found[1]))
 	}
 }
 
-// badSums counts what the kernel of a machine dropped for a wrong checksum.
-func (n *node) badSums(t *testing.T) (sum int) {
+// errors adds up counters of the kernel of a machine: InCsumErrors are packets
+// with a wrong checksum, RcvbufErrors such that found a socket full.
+func (n *node) errors(t *testing.T, name string) (sum int) {
 	t.Helper()
 	for _, file := range []string{"snmp", "snmp6"} {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", n.pid, file))
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum += sumErrors(t, string(text))
+		sum += sumErrors(t, n.procNet(t, file), name)
 	}
 	return sum
 }
 
-// sumErrors adds up the InCsumErrors of /proc/net/snmp, where a line of names is
-// followed by one of numbers, and of /proc/net/snmp6, where each name has its
-// number beside it.
-func sumErrors(t *testing.T, text string) (sum int) {
+// procNet reads a file of the machine's /proc/net.
+func (n *node) procNet(t *testing.T, file string) string {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", n.pid, file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// sumErrors adds up all counters of a name, in /proc/net/snmp, where a line of
+// names is followed by one of numbers, or in /proc/net/snmp6, where each name has
+// its number beside it.
+func sumErrors(t *testing.T, text, name string) (sum int) {
 	t.Helper()
 	var names []string
-	add := func(number string) {
-		n, err := strconv.Atoi(number)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum += n
-	}
 	for line := range strings.Lines(text) {
 		f := strings.Fields(line)
 		switch {
-		case len(f) == 2 && strings.HasSuffix(f[0], "InCsumErrors"):
-			add(f[1])
+		case len(f) == 2 && strings.HasSuffix(f[0], name):
+			sum += number(t, f[1])
 		case len(names) == len(f) && names[0] == f[0]:
-			if i := slices.Index(names, "InCsumErrors"); i > 0 {
-				add(f[i])
+			if i := slices.Index(names, name); i > 0 {
+				sum += number(t, f[i])
 			}
 			names = nil
 		default:
@@ -227,12 +223,21 @@ func sumErrors(t *testing.T, text string) (sum int) {
 	return sum
 }
 
+func number(t *testing.T, text string) int {
+	t.Helper()
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
 func TestSumErrors(t *testing.T) {
 	for text, want := range map[string]int{
 		"Ip: Forwarding InReceives\nIp: 1 9\nTcp: OutRsts InCsumErrors\nTcp: 7 2\nUdp: InCsumErrors MemErrors\nUdp: 3 8\n": 5,
 		"Ip6InReceives                   \t70\nUdp6InCsumErrors                \t4\nIcmp6InCsumErrors               \t1\n": 5,
 	} {
-		if got := sumErrors(t, text); got != want {
+		if got := sumErrors(t, text, "InCsumErrors"); got != want {
 			t.Errorf("%d of %q, want %d", got, text, want)
 		}
 	}

@@ -52,11 +52,29 @@ func unstable() *regexp.Regexp {
 // memory is the resident set of a process in bytes.
 func memory(t *testing.T, pid int) int64 {
 	t.Helper()
+	return statusBytes(t, pid, "VmRSS")
+}
+
+// peak is the largest it was since resetPeak.
+func peak(t *testing.T, pid int) int64 {
+	t.Helper()
+	return statusBytes(t, pid, "VmHWM")
+}
+
+func resetPeak(t *testing.T, pid int) {
+	t.Helper()
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func statusBytes(t *testing.T, pid int, field string) int64 {
+	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindSubmatch(text)
+	m := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(text)
 	if m == nil {
 		t.Fatalf("status of process %d: %q", pid, text)
 	}

@@ -66,7 +66,7 @@ func TestStockPeer(t *testing.T) {
 		}
 	}
 	for _, h := range []*Host{a.Host, stock} {
-		if n := h.badSums(t); n > 0 {
+		if n := h.errors(t, "InCsumErrors"); n > 0 {
 			t.Errorf("%d packets with a wrong checksum came to %s", n, h.Name())
 		}
 	}

@@ -34,7 +34,10 @@ type Config struct {
 	StateDir string
 	Socket   string
 	Version  string
-	Log      *slog.Logger // nil: silent
+	// Processors lets the node choose GOMAXPROCS by its load; see tun.Config. For
+	// programs that do nothing else.
+	Processors bool
+	Log        *slog.Logger // nil: silent
 }
 
 func (c *Config) setDefaults() {

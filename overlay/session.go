@@ -178,6 +178,7 @@ func (s *session) openDevice(cfg Config) error {
 		Routes:     routes,
 		Mesh:       s.mesh,
 		Offloads:   s.settings.Offloads,
+		Processors: cfg.Processors,
 		Receive:    s.agent.Receive,
 		Demand:     func(k tun.Key) { s.agent.Demand(punch.Key(k)) },
 		Log:        cfg.Log,

@@ -34,7 +34,7 @@ func (v *upVerb) serve(cmd *cobra.Command) error {
 		}
 	}
 	c := overlay.Config{
-		StateDir: state, Socket: socket, Version: version(),
+		StateDir: state, Socket: socket, Version: version(), Processors: true,
 		Log: slog.New(slog.NewTextHandler(log, nil)),
 	}
 	if err := overlay.CheckState(c, true); err != nil {

@@ -137,6 +137,23 @@ func TestLevelPatience(t *testing.T) {
 	l.expect(t, levelSome, leastPatience, leastPatience+slack)
 }
 
+// Two falls after one rise are one mistake.
+func TestLevelFallsTwice(t *testing.T) {
+	l := newLine(20_000, 0)
+	l.expect(t, levelWhole, 0, 4*time.Second)
+	l.loss = 0.01
+	l.expect(t, levelPlain, 0, 4*time.Second)
+	l.loss = 0
+	l.expect(t, levelSome, leastPatience, leastPatience+4*time.Second)
+	l.expect(t, levelWhole, leastPatience, leastPatience+4*time.Second)
+	l.loss = 0.00006
+	l.expect(t, levelSome, 0, 4*time.Second)
+	l.loss = 0.01
+	l.expect(t, levelPlain, 0, 4*time.Second)
+	l.loss = 0
+	l.expect(t, levelSome, 2*leastPatience, 2*leastPatience+4*time.Second)
+}
+
 // Little loss halts at levelSome, and what is about larger messages does not
 // count there.
 func TestLevelFallsToSome(t *testing.T) {

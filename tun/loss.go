@@ -145,7 +145,7 @@ func (w *window) take(c uint64) (received, missing uint32) {
 
 // begin puts the window at c, and what was in it is forgotten.
 func (w *window) begin(c uint64) {
-	*w = window{index: w.index, used: true, base: c, end: c + 1, mark: c}
+	*w = window{index: w.index, used: true, base: c, end: c + 1}
 }
 
 // restart forgets where the window is, but not whose it is.

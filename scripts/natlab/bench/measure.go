@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -43,16 +44,16 @@ func (b *bench) measure(ctx context.Context, cases []testCase) (*results, error)
 
 // round measures one case once on every tunnel.
 func (b *bench) round(ctx context.Context, r *results, c testCase, round int) error {
-	said := fmt.Sprintf("round %d of %d, %-10s", round+1, b.opts.pairs, c.name)
+	var said []string
 	for turn := range b.tunnels {
 		i := (round + turn) % len(b.tunnels)
 		s := r.Tunnels[i].Samples[round]
 		if err := c.run(ctx, b.tunnels[i], s); err != nil {
 			return fmt.Errorf("measure %s of %s: %w", c.name, b.tunnels[i].name, err)
 		}
-		said += fmt.Sprintf("  %s %s", b.tunnels[i].name, figure(s[c.rows[0].metric]))
+		said = append(said, b.tunnels[i].name+" "+figure(s[c.rows[0].metric]))
 	}
-	b.say("%s", said)
+	b.say("round %d of %d, %-10s  %s", round+1, b.opts.pairs, c.name, strings.Join(said, "  "))
 	return nil
 }
 

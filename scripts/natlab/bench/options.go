@@ -47,6 +47,7 @@ type options struct {
 	seconds            int
 	quick, markdown    bool
 	variants, only     list
+	settings           list // loss
 	json               string
 
 	variant, out string  // profile, soak
@@ -117,6 +118,9 @@ func (o *options) flags() *flag.FlagSet {
 		f.IntVar(&o.pairs, "pairs", defaultPairs, "interleaved rounds of measurements")
 		f.Var(&o.variants, "variants", "what to compare, of raw, control, plain, overlay")
 		f.Var(&o.only, "only", "only these cases, of "+strings.Join(known(o.verb), ", "))
+		if o.verb == verbLoss {
+			f.Var(&o.settings, "settings", "only these settings of the line, of "+strings.Join(settingNames(), ", "))
+		}
 		f.BoolVar(&o.markdown, "markdown", false, "print the table as Markdown")
 		f.BoolFunc("control", "compare raw with raw: the noise of this machine", func(string) error {
 			o.variants = list{variantRaw, variantControl}
@@ -145,6 +149,11 @@ func (o *options) check() error {
 	for _, name := range o.only {
 		if cases := known(o.verb); !slices.Contains(cases, name) {
 			return fmt.Errorf("there is no case %q; there are %s", name, strings.Join(cases, ", "))
+		}
+	}
+	for _, name := range o.settings {
+		if !slices.Contains(settingNames(), name) {
+			return fmt.Errorf("there is no setting %q; there are %s", name, strings.Join(settingNames(), ", "))
 		}
 	}
 	if o.verb == verbPing && (o.every <= 0 || o.wait/o.every > maxPings) {

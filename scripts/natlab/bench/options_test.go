@@ -18,7 +18,7 @@ func TestParseOptions(t *testing.T) {
 			return o.verb == verbCompare && o.pairs == 1 && o.seconds == 2 && slices.Equal(o.only, list{"tcp1", "ping-bbr"})
 		}},
 		"control": {[]string{"compare", "--control"}, func(o *options) bool { return slices.Equal(o.variants, list{"raw", "control"}) }},
-		"loss":    {[]string{"loss", "--only", "tcp1-cubic"}, func(o *options) bool { return o.verb == verbLoss }},
+		"loss":    {[]string{"loss", "--only", "tcp1-cubic", "--settings", "clean,loss0.05"}, func(o *options) bool { return o.verb == verbLoss }},
 		"paths":   {[]string{"paths", "--only", "nat-up"}, func(o *options) bool { return o.verb == verbPaths }},
 		"profile": {[]string{"profile", "--variant", "raw"}, func(o *options) bool { return o.variant == variantRaw }},
 		"soak":    {[]string{"soak", "--minutes", "2"}, func(o *options) bool { return o.minutes == 2 && o.variant == variantOverlay }},
@@ -38,6 +38,7 @@ func TestParseOptions(t *testing.T) {
 		{"--variants", "raw,raw"},
 		{"--only", "tcp9"},
 		{"loss", "--only", "udp64"},
+		{"loss", "--settings", "loss2"},
 		{"--pairs", "0"},
 		{"--seconds", "1"},
 		{"soak", "--minutes", "0"},

@@ -64,14 +64,14 @@ func (b *bench) startRaw(ctx context.Context, h *natlab.Host, profile string) (i
 
 // setRaw gives one host's interface its key, addresses and peers.
 func (b *bench) setRaw(ctx context.Context, t *tunnel, host int, keys []wgtypes.Key) error {
-	set := fmt.Sprintf("wg set %s private-key /dev/stdin listen-port %d", rawDevice, rawPort)
+	set := []string{fmt.Sprintf("wg set %s private-key /dev/stdin listen-port %d", rawDevice, rawPort)}
 	for i, key := range keys {
 		if i == host || i > 0 && host > 0 {
 			continue
 		}
-		set += fmt.Sprintf(" peer %s allowed-ips %s/32,%s/128", key.PublicKey(), t.addrs[i], t.addrs6[i])
+		set = append(set, fmt.Sprintf("peer %s allowed-ips %s/32,%s/128", key.PublicKey(), t.addrs[i], t.addrs6[i]))
 		if host == 0 {
-			set += fmt.Sprintf(" endpoint %s:%d persistent-keepalive %d", t.hosts[i].Addr(), rawPort, rawKeepalive)
+			set = append(set, fmt.Sprintf("endpoint %s:%d persistent-keepalive %d", t.hosts[i].Addr(), rawPort, rawKeepalive))
 		}
 	}
 	script := fmt.Sprintf(`
@@ -84,7 +84,7 @@ func (b *bench) setRaw(ctx context.Context, t *tunnel, host int, keys []wgtypes.
 		ip addr add %[4]s/24 dev %[1]s
 		[ %[3]d -lt 1280 ] || ip -6 addr add %[5]s/64 dev %[1]s nodad
 		ip link set %[1]s up`,
-		rawDevice, set, b.opts.mtu, t.addrs[host], t.addrs6[host])
+		rawDevice, strings.Join(set, " "), b.opts.mtu, t.addrs[host], t.addrs6[host])
 	cmd := t.hosts[host].Command(ctx, "/bin/sh", "-ec", script)
 	cmd.Stdin = strings.NewReader(keys[host].String() + "\n")
 	_, err := output(cmd)

@@ -210,11 +210,11 @@ func columns(to *bytes.Buffer, cells [][]string) {
 		}
 	}
 	for _, line := range cells {
-		text := fmt.Sprintf("%-*s", widths[0], line[0])
+		fmt.Fprintf(to, "%-*s", widths[0], line[0])
 		for i, cell := range line[1:] {
-			text += fmt.Sprintf("  %*s", max(widths[i+1], 8), cell)
+			fmt.Fprintf(to, "  %*s", max(widths[i+1], 8), cell)
 		}
-		fmt.Fprintln(to, strings.TrimRight(text, " "))
+		fmt.Fprintln(to)
 	}
 }
 
@@ -252,18 +252,18 @@ func ends(mb []float64) string {
 
 // machine says what the figures are of.
 func machine() string {
-	text := fmt.Sprintf("%d CPUs", runtime.NumCPU())
+	text := []string{fmt.Sprintf("%d CPUs", runtime.NumCPU())}
 	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(info)) {
 			if name, model, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
-				text += " (" + strings.TrimSpace(model) + ")"
+				text = append(text, strings.TrimSpace(model))
 				break
 			}
 		}
 	}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
-		text += ", Linux " + unix.ByteSliceToString(u.Release[:])
+		text = append(text, "Linux "+unix.ByteSliceToString(u.Release[:]))
 	}
-	return text
+	return strings.Join(text, ", ")
 }

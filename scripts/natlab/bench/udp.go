@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -65,8 +66,11 @@ func (b *bench) pacedSmall() testCase {
 			return err
 		}
 		lost, packets, err := r.arrived()
-		if err != nil || packets <= 0 {
-			return fmt.Errorf("none of the paced packets arrived: %w", err)
+		if err != nil {
+			return err
+		}
+		if packets <= 0 {
+			return errors.New("none of the paced packets arrived")
 		}
 		s[gone] = lost
 		s[sender] = used.daemons[0] / r.End.Sum.Packets * microsPerS

@@ -150,14 +150,16 @@ func TestDeviceProcessors(t *testing.T) {
 func TestProcsSamples(t *testing.T) {
 	p := openProcs(t)
 	first := p.last
-	p.sample()
-	p.next.Store(0)
-	p.sample()
-	if p.last != first {
-		t.Fatal("sampled at once")
+	for next, last := range map[time.Duration]time.Duration{time.Hour: 0, 0: time.Hour} { // not yet; too soon after another
+		p.next.Store(int64(next))
+		p.last.at = last
+		if p.sample(); p.last.at != last {
+			t.Fatalf("sampled at %v", p.last.at)
+		}
 	}
+	p.last = first
 	p.next.Store(int64(first.at + procsInterval))
-	for begin := time.Now(); time.Since(begin) < procsInterval+10*time.Millisecond; {
+	for begin := time.Now(); p.last == first && time.Since(begin) < 10*time.Second; {
 		p.sample()
 	}
 	own, idle := p.last.own-first.own, p.last.idle-first.idle

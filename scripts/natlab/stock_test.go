@@ -65,6 +65,7 @@ func TestStockPeer(t *testing.T) {
 			t.Errorf("nothing arrived at %s", side.to.Name())
 		}
 	}
+	t.Logf("memory of the node: %d MB", memory(t, a.daemon(t))>>20)
 	for _, h := range []*Host{a.Host, stock} {
 		if n := h.errors(t, "InCsumErrors"); n > 0 {
 			t.Errorf("%d packets with a wrong checksum came to %s", n, h.Name())

@@ -105,8 +105,10 @@ func (o *options) flags() *flag.FlagSet {
 	f.IntVar(&o.mtu, "mtu", defaultMTU, "MTU of all tunnels")
 	f.StringVar(&o.json, "json", "", "write all figures to this `file`, too")
 	f.BoolVar(&o.quick, "quick", false, "as short as can be: shows that it works, proves no figure")
-	f.IntVar(&o.seconds, "seconds", defaultSeconds, "length of each measurement")
-	o.pairs, o.minutes = defaultPairs, defaultMinutes
+	o.pairs, o.minutes, o.seconds = defaultPairs, defaultMinutes, defaultSeconds
+	if o.verb != verbSoak {
+		f.IntVar(&o.seconds, "seconds", defaultSeconds, "length of each measurement")
+	}
 	switch o.verb {
 	case verbProfile:
 		f.StringVar(&o.variant, "variant", variantOverlay, "raw, plain or overlay")

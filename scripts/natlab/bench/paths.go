@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 )
 
 // place is a layout and what is measured in it.
@@ -27,6 +29,7 @@ func (b *bench) places() []place {
 // comparePaths measures all places, each in a lab of its own.
 func comparePaths(ctx context.Context, o *options) error {
 	s := &series{}
+	fmt.Fprintln(os.Stderr, "not among them: IPv6 outside, because the Internet of the lab has none")
 	var err error
 	for i := range (&bench{}).places() {
 		err = inLab(ctx, o, func(b *bench) error { return b.comparePlace(ctx, b.places()[i], s) })

@@ -137,9 +137,6 @@ func deliver(t interface{ Fatal(...any) }, n *tunnel, messages [][]byte) {
 	for _, m := range messages {
 		bufs = append(bufs, append(make([]byte, testOffset), m...))
 	}
-	if len(bufs) == 0 {
-		t.Fatal("nothing to deliver")
-	}
 	if count, err := n.Write(bufs, testOffset); err != nil || count != len(bufs) {
 		t.Fatal(count, err)
 	}

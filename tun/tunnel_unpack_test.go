@@ -3,7 +3,10 @@ package tun
 import (
 	"bytes"
 	"net/netip"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // from changes the source of an IPv4 packet, whose checksums stay right.
@@ -143,5 +146,35 @@ func TestVouchedIsNotMixed(t *testing.T) {
 			t.Errorf("udp=%v: %d packets written, want 3", udp, len(packets))
 		}
 		mustEqual(t, arrived(t, packets, heads), p)
+	}
+}
+
+// A super-packet of a peer that the kernel refuses is split. It proves nothing
+// about those made here, so they go on.
+func TestRefusedSuperPacketIsSplit(t *testing.T) {
+	n, f := largeTunnel(t, everything)
+	s := segments{size: 1000, payload: pattern(9500, 1), flags: flagPSH}
+	super, _ := s.super()
+	p := pieceOf(super)
+	p.partial = true
+	if !p.is(recordTCP4, s.size) {
+		t.Fatal("not a super-packet")
+	}
+	w := &n.writer
+	w.place(&p)
+	var errno syscall.Errno
+	if err := w.raw.Write(func(fd uintptr) bool { errno = w.apart(fd, &w.groups[0], unix.EINVAL); return true }); err != nil || errno != 0 {
+		t.Fatal(err, errno)
+	}
+	w.clear()
+	packets, heads := f.drain(t, true)
+	for i := range heads {
+		if heads[i] != (virtio{}) {
+			t.Errorf("packet %d: %+v", i, heads[i])
+		}
+	}
+	mustEqual(t, packets, s.packets())
+	if !w.tcp || !w.udp {
+		t.Error("joining was switched off")
 	}
 }

@@ -113,21 +113,28 @@ func (d *Device) openTUN() error {
 }
 
 func (d *Device) openWireGuard() error {
-	c := d.config
 	d.wg = device.NewDevice(d.tunnel, d.bind, newLogger(d.log))
 	// One packet of a peer that comes another way must not move its endpoint:
 	// only SetEndpoint does.
 	d.wg.DisableSomeRoamingForBrokenMobileSemantics()
+	return d.listen()
+}
+
+// listen gives wireguard-go its key and port. Which of the two calls binds the
+// port depends on the interface: its coming up is an event on which wireguard-go
+// goes up by itself, at any moment.
+func (d *Device) listen() error {
+	c := d.config
 	set := fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(c.PrivateKey[:]), c.Port)
-	if err := d.wg.IpcSet(set); err != nil {
-		return fmt.Errorf("set key and port of %s: %w", c.Name, err)
+	err := d.wg.IpcSet(set)
+	if err == nil {
+		err = d.wg.Up()
 	}
-	err := d.wg.Up()
-	if errors.Is(err, unix.EADDRINUSE) {
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
 		return fmt.Errorf("listen on udp port %d: %w%s", c.Port, ErrPortTaken, portOwner(c.Port))
-	}
-	if err != nil {
-		return fmt.Errorf("listen on udp port %d: %w", c.Port, err)
+	case err != nil:
+		return fmt.Errorf("set key of %s and listen on udp port %d: %w", c.Name, c.Port, err)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package tun
 import (
 	"bufio"
 	"errors"
+	"net"
 	"os"
 	"os/exec"
 	"strconv"
@@ -70,6 +71,23 @@ func TestTakenByAnotherProcess(t *testing.T) {
 	}
 	if err := tryOpen(t, s, name, helperPort); err != nil {
 		t.Errorf("after SIGKILL: %v", err)
+	}
+}
+
+// The interface's coming up may bring wireguard-go up before it has its port:
+// then it is not Up that finds the port taken.
+func TestPortTakenWhenUp(t *testing.T) {
+	s := newSpace(t)
+	d := newNode(t, s, 1)
+	taken := listenIn(t, s, "127.0.0.1:0")
+	d.config.Port = taken.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+	var err error
+	s.do(t, func() error {
+		err = d.listen()
+		return nil
+	})
+	if !errors.Is(err, ErrPortTaken) || !strings.Contains(err.Error(), "pid "+strconv.Itoa(os.Getpid())) {
+		t.Errorf("got %v, want %v by this process", err, ErrPortTaken)
 	}
 }
 

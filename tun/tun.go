@@ -5,10 +5,13 @@
 //
 //	kernel route ─ TUN ─ wireguard-go seals ─ Bind.Send ─ UDP socket
 //	UDP socket ─ Bind ┬ STUN-shaped: Config.Receive, never wireguard-go
+//	                  ├ fragment: put together, then as WireGuard
 //	                  └ WireGuard: opens ─ TUN
 //
-// A first byte of 0x80 and above is reserved for frames of our own (relay and
-// fragment headers); today such datagrams are dropped.
+// Peers that say so in their record (Large) get large messages: many packets in
+// one container (container.go), which the Bind cuts into fragments that fit the
+// path (fragment.go). To all others the format is WireGuard's own. A first byte
+// of 0x80 to 0x8f is a fragment; those above are reserved and dropped.
 package tun
 
 import (

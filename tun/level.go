@@ -1,6 +1,7 @@
 package tun
 
 import (
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,12 +17,17 @@ const (
 
 // Evidence that moves the level.
 const (
-	evidenceMessages = 20_000          // of one window,
-	evidenceTime     = 2 * time.Second // or its length
-	evidenceLosses   = 2               // fewer in one window prove nothing
-	cleanMessages    = 200             // fewer do not prove a path clean
-	lossyShare       = 200             // one missing of so many: plain messages
-	cleanShare       = 2000            // one missing of so many or more: clean
+	evidenceMessages = 20_000                 // of one window,
+	evidenceTime     = 2 * time.Second        // or its length, when
+	evidenceFew      = 2000                   // there are so many messages, or
+	evidenceLongest  = 5 * time.Second        // its length when there are not
+	evidenceLosses   = 2                      // fewer in one window prove nothing,
+	evidencePlain    = 4                      // or not that messages must be plain
+	deviations       = 3                      // beyond what chance makes of a share
+	cleanMessages    = 200                    // fewer do not prove a path clean
+	lossyShare       = 200                    // one missing of so many: plain messages
+	cleanShare       = 2000                   // one missing of so many or more: clean
+	someShare        = lossyShare * levelSome // the same of plain messages, before levelSome
 
 	// reportLimit is more messages than arrive between two reports: the peer
 	// counts from another beginning.
@@ -75,6 +81,13 @@ func (e *evidence) messages() uint64 { return uint64(e.received) + uint64(e.miss
 // exceeds reports whether more than one of so many messages is missing.
 func (e *evidence) exceeds(share uint64) bool { return uint64(e.missing)*share > e.messages() }
 
+// proves reports whether more than one of so many messages is missing, and
+// that not by chance.
+func (e *evidence) proves(share uint64) bool {
+	mean := float64(e.messages()) / float64(share)
+	return e.missing >= evidencePlain && float64(e.missing) > mean+deviations*math.Sqrt(mean)
+}
+
 // segments is the number of segments a message may have now.
 func (l *leveler) segments() int {
 	if n := l.now.Load(); n != 0 {
@@ -114,12 +127,14 @@ func (l *leveler) judge(now time.Duration) {
 	if l.segments() == levelWhole && now-t.moved >= mostPatience {
 		t.patience = min(t.patience, leastPatience)
 	}
-	if t.window.messages() >= evidenceMessages || now-t.window.since >= evidenceTime {
-		w := t.window
+	if w, to := t.window, l.bears(); w.messages() >= evidenceMessages || now-w.since >= evidenceLongest ||
+		now-w.since >= evidenceTime && (w.messages() >= evidenceFew || to < l.segments()) {
 		t.window = evidence{since: now}
-		if w.missing >= evidenceLosses && w.exceeds(cleanShare) {
+		if l.dirty(&w) {
 			t.clean = evidence{since: now}
-			l.fall(w.exceeds(lossyShare), now)
+		}
+		if to < l.segments() {
+			l.fall(to, now)
 			return
 		}
 	}
@@ -130,23 +145,47 @@ func (l *leveler) judge(now time.Duration) {
 	if now-t.clean.since < need || t.clean.messages() < cleanMessages {
 		return
 	}
-	clean := !t.clean.exceeds(cleanShare)
+	clean := !t.clean.exceeds(l.riseShare())
 	t.clean = evidence{since: now}
 	if clean {
 		l.rise(now)
 	}
 }
 
-// fall goes to plain messages, or to no more than levelSome, and makes the
-// next rise wait longer when the last one was a mistake.
-func (l *leveler) fall(lossy bool, now time.Duration) {
-	to := min(l.segments(), levelSome)
-	if lossy {
-		to = levelPlain
+// bears is the level that the losses of the window allow: the one it is, or a
+// lower one. Call with mu held.
+func (l *leveler) bears() int {
+	w := &l.track.window
+	switch {
+	case w.proves(lossyShare):
+		return levelPlain
+	case w.missing >= evidenceLosses && w.exceeds(cleanShare):
+		return min(l.segments(), levelSome)
 	}
-	if to == l.segments() {
-		return
+	return l.segments()
+}
+
+// riseShare is the share of missing messages up to which they may become
+// larger. A message of levelSome is lost with any of its segments: of plain
+// ones so many fewer may be missing.
+func (l *leveler) riseShare() uint64 {
+	if l.segments() == levelPlain {
+		return someShare
 	}
+	return cleanShare
+}
+
+// dirty reports whether a window ends what was a clean time.
+func (l *leveler) dirty(w *evidence) bool {
+	if l.segments() == levelPlain {
+		return w.proves(someShare)
+	}
+	return w.missing >= evidenceLosses && w.exceeds(cleanShare)
+}
+
+// fall goes to a lower level, and makes the next rise wait longer when the last
+// one was a mistake.
+func (l *leveler) fall(to int, now time.Duration) {
 	t := &l.track
 	switch {
 	case t.patience == 0:

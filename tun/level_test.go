@@ -77,13 +77,16 @@ func TestLevelSettles(t *testing.T) {
 		{20_000, 0, levelWhole, 0.99, 1, 1, 0},
 		{20_000, 0.0001, levelSome, 0.9, 12, 0.02, 0.05},
 		{20_000, 0.0005, levelSome, 0.99, 0, 0, 0},
-		{20_000, 0.001, levelPlain, 0.9, 1, 0, 1}, // by chance, and then it stays: 0.1 % is not clean
+		{20_000, 0.001, levelSome, 0.99, 0, 0, 0}, // 0.4 % of the messages
 		{20_000, 0.005, levelPlain, 0.99, 1, 0, 1},
 		{20_000, 0.01, levelPlain, 0.99, 1, 0, 1},
 		{100, 0, levelWhole, 0.99, 1, 1, 0},
-		{100, 0.0001, levelPlain, 0.4, 24, 0.2, 0.5},
-		{100, 0.0005, levelPlain, 0.6, 24, 0.02, 1},
-		{100, 0.001, levelPlain, 0.8, 18, 0.01, 1},
+		{1000, 0.0001, levelSome, 0.9, 16, 0.1, 0.05},
+		{1000, 0.001, levelSome, 0.9, 5, 0.01, 0.1},
+		{1000, 0.005, levelPlain, 0.98, 5, 0, 1},
+		{100, 0.0001, levelSome, 0.8, 18, 0.2, 0.1},
+		{100, 0.0005, levelSome, 0.7, 14, 0.02, 0.3},
+		{100, 0.001, levelSome, 0.7, 14, 0.02, 0.3},
 		{100, 0.005, levelPlain, 0.98, 5, 0, 1},
 		{100, 0.01, levelPlain, 0.99, 1, 0, 1},
 	} {
@@ -198,6 +201,18 @@ func TestLevelNeedsEvidence(t *testing.T) {
 			l.feed(0, 0, 1)
 			l.missing += 2
 			l.feed(reportInterval, evidenceTime, 20)
+		}, levelSome},
+		"many missing": {func(l *line) {
+			l.feed(0, 0, 1)
+			l.missing += 6
+			l.feed(reportInterval, evidenceTime, 20)
+		}, levelPlain},
+		"few missing, long": {func(l *line) {
+			l.feed(0, 0, 1)
+			for now := reportInterval; now < evidenceLongest; now += evidenceTime {
+				l.missing += 3
+				l.feed(now, now+evidenceTime-reportInterval, 20)
+			}
 		}, levelPlain},
 		"peer restarts": {func(l *line) {
 			l.received, l.missing = 5000, 10
@@ -212,6 +227,28 @@ func TestLevelNeedsEvidence(t *testing.T) {
 				t.Fatalf("level %d, want %d", l.segments(), c.want)
 			}
 		})
+	}
+}
+
+// Chance takes a message now and then; that alone neither makes messages plain
+// nor keeps them so.
+func TestLevelRisesWithLoss(t *testing.T) {
+	for _, c := range []struct {
+		missing uint32 // of 10,000 in leastPatience
+		level   int
+	}{{0, levelSome}, {12, levelSome}, {13, levelPlain}, {50, levelPlain}} {
+		l := newLine(1000, 0)
+		l.leveler.now.Store(levelPlain)
+		l.patience = leastPatience
+		l.feed(0, 0, 0)
+		for now := reportInterval; now <= leastPatience; now += reportInterval {
+			lost := c.missing*uint32(now/reportInterval)/uint32(leastPatience/reportInterval) - l.missing
+			l.missing += lost
+			l.feed(now, now, 200-lost)
+		}
+		if l.segments() != c.level {
+			t.Errorf("%d missing: level %d, want %d", c.missing, l.segments(), c.level)
+		}
 	}
 }
 

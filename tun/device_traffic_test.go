@@ -303,10 +303,12 @@ func TestLargeMessages(t *testing.T) {
 		}
 	}
 	for _, d := range []*node{a, b} {
-		drops := &d.tunnel.dropped
-		if n := drops.forged.Load() + drops.broken.Load() + drops.contained.Load(); n > 0 {
-			t.Errorf("%d packets dropped", n)
+		if drops := d.Drops(); drops != (Drops{}) || d.tunnel.dropped.contained.Load() > 0 {
+			t.Errorf("dropped: %+v", drops)
 		}
+	}
+	if k := a.Segments(b.self.Key); k < levelSome {
+		t.Errorf("%d segments in a message on a clean path", k)
 	}
 	// As long as messages come b tells a how many.
 	client := listenIn(t, sa, "100.99.0.1:0")
@@ -317,6 +319,16 @@ func TestLargeMessages(t *testing.T) {
 		defer l.mu.Unlock()
 		return l.last.received > 0
 	})
+	plain := b.self
+	plain.Capabilities = 0
+	check(t, a.SetPeers([]Peer{plain}))
+	if k, none := a.Segments(b.self.Key), a.Segments(a.self.Key); k != levelPlain || none != 0 {
+		t.Errorf("%d segments in a message to a plain peer, %d to an unknown one", k, none)
+	}
+	b.tunnel.dropped.forged.Add(3)
+	if got := b.Drops(); got != (Drops{Forged: 3}) {
+		t.Errorf("dropped: %+v", got)
+	}
 }
 
 // transfer sends data over TCP from one namespace to a host in another.

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"log/slog"
 	"time"
 
 	"overlay/coord"
@@ -9,8 +10,11 @@ import (
 	"overlay/tun"
 )
 
-// cacheEvery bounds how often the cache is written.
-const cacheEvery = 2 * time.Second
+// Bounds of how often the cache is written and drops are told.
+const (
+	cacheEvery = 2 * time.Second
+	dropsEvery = time.Minute
+)
 
 // loadCache brings up what was known last, so that tunnels come back with the
 // server down. Everything in it is verified again.
@@ -46,18 +50,32 @@ func (s *session) readCache() (c cache, ok bool) {
 	return c, ok
 }
 
-// keepCache writes the netmap down when it changed.
-func (s *session) keepCache(ctx context.Context) error {
-	t := time.NewTicker(cacheEvery)
-	defer t.Stop()
+// tend writes the netmap down when it changed, and what was dropped into the
+// log.
+func (s *session) tend(ctx context.Context) error {
+	save, tell := time.NewTicker(cacheEvery), time.NewTicker(dropsEvery)
+	defer save.Stop()
+	defer tell.Stop()
+	var told tun.Drops
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-t.C:
+		case <-save.C:
 			s.saveCache()
+		case <-tell.C:
+			told = logDrops(s.log, told, s.dev.Load().Drops())
 		}
 	}
+}
+
+// logDrops tells what was dropped in all, when it is more than was told.
+func logDrops(log *slog.Logger, told, now tun.Drops) tun.Drops {
+	if now != told {
+		log.Debug("received and dropped", "foreign", now.Foreign, "fragments", now.Fragments,
+			"incomplete", now.Incomplete, "broken", now.Broken, "forged", now.Forged)
+	}
+	return now
 }
 
 func (s *session) saveCache() {

@@ -149,15 +149,18 @@ type SelfStatus struct {
 
 // PeerStatus is one other member.
 type PeerStatus struct {
-	Name          string     `json:"name"`
-	IPv4          netip.Addr `json:"ipv4"`
-	IPv6          netip.Addr `json:"ipv6"`
-	PublicKey     string     `json:"publicKey,omitempty"`
-	Online        bool       `json:"online"`
-	Path          PathStatus `json:"path"`
-	RTTms         *float64   `json:"rttMs"`
-	RxBytes       int64      `json:"rxBytes"`
-	TxBytes       int64      `json:"txBytes"`
+	Name      string     `json:"name"`
+	IPv4      netip.Addr `json:"ipv4"`
+	IPv6      netip.Addr `json:"ipv6"`
+	PublicKey string     `json:"publicKey,omitempty"`
+	Online    bool       `json:"online"`
+	Path      PathStatus `json:"path"`
+	RTTms     *float64   `json:"rttMs"`
+	RxBytes   int64      `json:"rxBytes"`
+	TxBytes   int64      `json:"txBytes"`
+	// Segments is how many packets of a burst one message to the peer may hold
+	// now: 1, 4 or 64, which means all.
+	Segments      int        `json:"segments"`
 	LastHandshake *time.Time `json:"lastHandshake"`
 }
 

@@ -243,7 +243,7 @@ func (s *session) run(ctx context.Context) error {
 		return s.control.run(ctx)
 	})
 	g.Go(func() error { return s.endpoints.run(ctx) })
-	g.Go(func() error { return s.keepCache(ctx) })
+	g.Go(func() error { return s.tend(ctx) })
 	g.Go(func() error {
 		return tun.Watch(ctx, func() {
 			if err := s.linkChanged(); err != nil {

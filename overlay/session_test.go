@@ -1,10 +1,30 @@
 package overlay
 
 import (
+	"log/slog"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
+
+	"overlay/tun"
 )
+
+// Drops are told once.
+func TestLogDrops(t *testing.T) {
+	var text strings.Builder
+	log := slog.New(slog.NewTextHandler(&text, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	told := logDrops(log, tun.Drops{}, tun.Drops{})
+	if text.Len() > 0 {
+		t.Errorf("nothing dropped is told: %s", &text)
+	}
+	for range 2 {
+		told = logDrops(log, told, tun.Drops{Foreign: 1, Fragments: 2, Incomplete: 3, Broken: 4, Forged: 5})
+	}
+	if n := strings.Count(text.String(), "foreign=1 fragments=2 incomplete=3 broken=4 forged=5"); n != 1 {
+		t.Errorf("told %d times: %s", n, &text)
+	}
+}
 
 // The agent asks forbidden while it holds its own lock, and the session asks
 // the agent while it holds its own: forbidden must not want the session's.

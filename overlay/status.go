@@ -50,6 +50,7 @@ func (s *session) peerStatus(m *member, st tun.Stats, full bool) PeerStatus {
 	p := PeerStatus{
 		Name: m.cert.Name, IPv4: m.cert.IP4, IPv6: m.cert.IP6, Online: m.node.Online,
 		RxBytes: st.RxBytes, TxBytes: st.TxBytes, Path: s.pathStatus(k, full),
+		Segments: max(1, s.dev.Load().Segments(tun.Key(k))),
 	}
 	if path, ok := s.agent.Path(k); ok && p.Path.Kind == "direct" {
 		p.RTTms = milliseconds(path.RTT)

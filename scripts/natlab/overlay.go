@@ -148,6 +148,7 @@ type StatusPeer struct {
 	RTTms         float64    `json:"rttMs"`
 	RxBytes       uint64     `json:"rxBytes"`
 	TxBytes       uint64     `json:"txBytes"`
+	Segments      int        `json:"segments"` // per message
 	LastHandshake *time.Time `json:"lastHandshake"`
 }
 

@@ -12,7 +12,7 @@ import (
 const statusText = `{"schema":1,"self":{"name":"a","ipv4":"100.90.0.1","ipv6":"fd00::1","publicKey":"KEY","online":true},
 "peers":[{"name":"b","ipv4":"100.90.0.2","ipv6":"fd00::2","publicKey":"OTHER","online":true,
 "path":{"kind":"direct","endpoint":"203.0.113.2:4500","via":"srflx"},
-"rttMs":40.5,"rxBytes":10,"txBytes":20,"lastHandshake":"2026-01-02T03:04:05Z","new":1},
+"rttMs":40.5,"rxBytes":10,"txBytes":20,"segments":4,"lastHandshake":"2026-01-02T03:04:05Z","new":1},
 {"name":"c","ipv4":"100.90.0.3","ipv6":"fd00::3","publicKey":"THIRD","online":false,
 "path":{"kind":"none","endpoint":"","via":""},"rttMs":null,"rxBytes":0,"txBytes":0,"lastHandshake":null}]}`
 
@@ -25,7 +25,7 @@ func TestParseStatus(t *testing.T) {
 	want := StatusPeer{
 		StatusNode: StatusNode{"b", netip.MustParseAddr("100.90.0.2"), netip.MustParseAddr("fd00::2"), "OTHER", true},
 		Path:       StatusPath{"direct", "203.0.113.2:4500", "srflx"},
-		RTTms:      40.5, RxBytes: 10, TxBytes: 20, LastHandshake: &handshake,
+		RTTms:      40.5, RxBytes: 10, TxBytes: 20, Segments: 4, LastHandshake: &handshake,
 	}
 	peer, err := got.Peer("b")
 	if err != nil {

@@ -52,8 +52,36 @@ func (b *bench) cases() []testCase {
 	}
 }
 
-// lossCases are those of a line with losses.
-func (b *bench) lossCases() []testCase { return b.cases()[:2] }
+// lossCases are those of a line with losses. How large messages are at the end
+// of each measurement tells what a tunnel made of the losses.
+func (b *bench) lossCases() []testCase {
+	return []testCase{b.withSegments(b.cases()[0]), b.withSegments(b.cases()[1])}
+}
+
+// segmentsSuffix is that of the metrics of segments per message. They are shown
+// in brief tables, too.
+const segmentsSuffix = "Segments"
+
+// withSegments adds a row to a case: the segments per message of the host that
+// sent, where a tunnel has more than one.
+func (b *bench) withSegments(c testCase) testCase {
+	per := metric(strings.TrimSuffix(string(c.rows[0].metric), "Gbps") + segmentsSuffix)
+	c.rows = append(c.rows, row{per, "  segments per message at the end"})
+	run := c.run
+	c.run = func(ctx context.Context, t *tunnel, s sample) error {
+		if err := run(ctx, t, s); err != nil || t.name == variantRaw || t.name == variantControl {
+			return err
+		}
+		status, err := t.hosts[0].Status(ctx)
+		if err != nil {
+			return err
+		}
+		peer, err := status.Peer(t.hosts[1].Name())
+		s[per] = float64(peer.Segments)
+		return err
+	}
+	return c
+}
 
 // both is TCP in both directions at once.
 func (b *bench) both() testCase {

@@ -29,6 +29,8 @@ const (
 	defaultMinutes = 30
 	minMinutes     = 0.2
 	maxMinutes     = 90
+	minMbps        = 10 // less comes in bursts, with seconds of nothing between
+	maxMbps        = 100_000
 )
 
 // The variants of a tunnel that are compared.
@@ -52,6 +54,7 @@ type options struct {
 
 	variant, out string  // profile, soak
 	minutes      float64 // soak
+	mbps         int     // soak
 
 	to          string // ping
 	every, wait time.Duration
@@ -116,6 +119,7 @@ func (o *options) flags() *flag.FlagSet {
 	case verbSoak:
 		f.StringVar(&o.variant, "variant", variantOverlay, "raw, plain or overlay")
 		f.Float64Var(&o.minutes, "minutes", defaultMinutes, "how long")
+		f.IntVar(&o.mbps, "mbps", 0, "pace of the TCP stream in Mbit/s, so that other work can run beside; 0 is none")
 	default:
 		f.IntVar(&o.pairs, "pairs", defaultPairs, "interleaved rounds of measurements")
 		f.Var(&o.variants, "variants", "what to compare, of raw, control, plain, overlay")
@@ -138,6 +142,9 @@ func (o *options) check() error {
 	}
 	if o.minutes < minMinutes || o.minutes > maxMinutes {
 		return fmt.Errorf("minutes must be %v to %v", minMinutes, maxMinutes)
+	}
+	if o.mbps != 0 && (o.mbps < minMbps || o.mbps > maxMbps) {
+		return fmt.Errorf("mbps must be 0, for no pace, or %d to %d", minMbps, maxMbps)
 	}
 	all := []string{variantRaw, variantControl, variantPlain, variantOverlay}
 	for i, v := range o.variants {

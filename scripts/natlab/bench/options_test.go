@@ -22,6 +22,7 @@ func TestParseOptions(t *testing.T) {
 		"paths":   {[]string{"paths", "--only", "nat-up"}, func(o *options) bool { return o.verb == verbPaths }},
 		"profile": {[]string{"profile", "--variant", "raw"}, func(o *options) bool { return o.variant == variantRaw }},
 		"soak":    {[]string{"soak", "--minutes", "2"}, func(o *options) bool { return o.minutes == 2 && o.variant == variantOverlay }},
+		"paced":   {[]string{"soak", "--mbps", "300"}, func(o *options) bool { return o.mbps == 300 && o.minutes == 30 }},
 		"ping":    {[]string{"ping", "-to", "::", "-for", "3s"}, func(o *options) bool { return o.every == pingEvery && o.wait == 3*time.Second }},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -43,6 +44,9 @@ func TestParseOptions(t *testing.T) {
 		{"--seconds", "1"},
 		{"soak", "--minutes", "0"},
 		{"soak", "--pairs", "3"},
+		{"soak", "--mbps", "1"},
+		{"soak", "--mbps", "-10"},
+		{"--mbps", "100"},
 		{"profile", "--variant", "control"},
 		{"ping", "-every", "0s"},
 		{"ping", "-every", "1ms", "-for", "1h"},

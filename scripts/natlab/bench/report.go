@@ -117,7 +117,7 @@ func median(all []float64) float64 {
 }
 
 // show prints the medians side by side, of brief runs only the main figure of
-// every case.
+// every case and the segments of its messages.
 func show(to io.Writer, o *options, brief bool, runs ...*results) error {
 	if len(runs) == 0 {
 		return nil
@@ -157,16 +157,14 @@ func (r *results) head() []string {
 func (r *results) cells(brief bool) [][]string {
 	var all [][]string
 	for _, rows := range r.cases {
-		if brief {
-			label := rows[0].label
-			if r.Setting != "" {
-				label = r.Setting + ": " + label
+		for i, w := range rows {
+			switch {
+			case brief && i == 0 && r.Setting != "":
+				w.label = r.Setting + ": " + w.label
+			case brief && i > 0 && !w.counts():
+				continue
 			}
-			all = append(all, r.line(row{rows[0].metric, label}))
-			continue
-		}
-		for _, row := range rows {
-			all = append(all, r.line(row))
+			all = append(all, r.line(w))
 		}
 	}
 	if brief {
@@ -185,15 +183,25 @@ func (r *results) cells(brief bool) [][]string {
 	return all
 }
 
+// counts reports whether a row is of segments per message.
+func (w row) counts() bool { return strings.HasSuffix(string(w.metric), segmentsSuffix) }
+
+// line is a dash where a tunnel has no such figure.
 func (r *results) line(w row) []string {
 	line, ratios := []string{w.label}, []string(nil)
 	for _, f := range r.Tunnels {
-		line = append(line, figure(f.Medians[w.metric]))
+		cell := "-"
+		if x, ok := f.Medians[w.metric]; ok && w.counts() {
+			cell = fmt.Sprint(x)
+		} else if ok {
+			cell = figure(x)
+		}
+		line = append(line, cell)
 		if f.Ratios == nil {
 			continue
 		}
 		ratio := ""
-		if x, ok := f.Ratios[w.metric]; ok && !strings.HasSuffix(string(w.metric), "Percent") {
+		if x, ok := f.Ratios[w.metric]; ok && !w.counts() && !strings.HasSuffix(string(w.metric), "Percent") {
 			ratio = fmt.Sprintf("%.2f", x)
 		}
 		ratios = append(ratios, ratio)

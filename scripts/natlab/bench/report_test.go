@@ -9,17 +9,18 @@ import (
 const (
 	speed metric = "tcp1Gbps"
 	gone  metric = "pingLoadLostPercent"
+	size  metric = "tcp1Segments"
 )
 
 func testResults() *results {
 	r := &results{
 		Pairs: 3, Seconds: 10, MTU: 1400, Machine: "2 CPUs",
 		Tunnels: []*figures{
-			{Name: "plain", Samples: []sample{{speed: 4, gone: 1}, {speed: 9, gone: 1}, {speed: 2, gone: 1}}, MemoryAfter: []float64{10, 20.4}},
+			{Name: "plain", Samples: []sample{{speed: 4, gone: 1, size: 1}, {speed: 9, gone: 1, size: 1}, {speed: 2, gone: 1, size: 1}}, MemoryAfter: []float64{10, 20.4}},
 			{Name: "raw", Samples: []sample{{speed: 2, gone: 0}, {speed: 3, gone: 2}, {speed: 1, gone: 0}}},
-			{Name: "overlay", Samples: []sample{{speed: 8}, {speed: 9}, {speed: 5}}},
+			{Name: "overlay", Samples: []sample{{speed: 8, size: 4}, {speed: 9, size: 64}, {speed: 5, size: 4}}},
 		},
-		cases: [][]row{{{speed, "TCP, Gbit/s"}, {gone, "  lost, %"}}},
+		cases: [][]row{{{speed, "TCP, Gbit/s"}, {gone, "  lost, %"}, {size, "  segments"}}},
 	}
 	r.complete()
 	return r
@@ -56,14 +57,14 @@ func TestShow(t *testing.T) {
 	}{
 		"whole": {options{}, false, []*results{one}, []string{
 			"2 CPUs; medians of 3 interleaved rounds, 10 s each, MTU 1400; ratios are medians of the rounds' ratios",
-			"plain raw overlay × plain × overlay", "TCP, Gbit/s 4.00 2.00 8.00 2.00 4.00", "lost, % 1.00 0 0", "RSS after, a/b, MB 10/20",
+			"plain raw overlay × plain × overlay", "TCP, Gbit/s 4.00 2.00 8.00 2.00 4.00", "lost, % 1.00 0 -", "segments 1 - 4", "RSS after, a/b, MB 10/20",
 		}},
 		"markdown": {options{markdown: true}, false, []*results{one}, []string{
 			"| | plain | raw | overlay | × plain | × overlay |", "|---|---|---|---|---|---|",
-			"| TCP, Gbit/s | 4.00 | 2.00 | 8.00 | 2.00 | 4.00 |", "| · lost, % | 1.00 | 0 | 0 | | |", "| RSS after, a/b, MB | 10/20 | | | | |",
+			"| TCP, Gbit/s | 4.00 | 2.00 | 8.00 | 2.00 | 4.00 |", "| · lost, % | 1.00 | 0 | - | | |", "| RSS after, a/b, MB | 10/20 | | | | |",
 		}},
 		"brief": {options{}, true, []*results{one, two}, []string{
-			"lost 1 %: TCP, Gbit/s 4.00 2.00 8.00 2.00 4.00", "clean: TCP, Gbit/s 4.00 2.00 8.00 2.00 4.00",
+			"lost 1 %: TCP, Gbit/s 4.00 2.00 8.00 2.00 4.00", "segments 1 - 4", "clean: TCP, Gbit/s 4.00 2.00 8.00 2.00 4.00",
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -102,7 +103,7 @@ func TestMedian(t *testing.T) {
 // that no figure takes the place of another.
 func TestRowsAreFilled(t *testing.T) {
 	b := &bench{}
-	all := b.cases()
+	all := append(b.cases(), b.lossCases()...)
 	for _, p := range b.places() {
 		all = append(all, p.cases...)
 	}

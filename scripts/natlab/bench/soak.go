@@ -37,6 +37,7 @@ type soakResult struct {
 	Schema  int          `json:"schema"`
 	Variant string       `json:"variant"`
 	Minutes float64      `json:"minutes"`
+	Mbps    int          `json:"mbps"` // pace of the TCP stream; 0: none
 	Gbps    float64      `json:"tcpGbps"`
 	Lost    float64      `json:"pingLostPercent"`
 	Trickle float64      `json:"udpLostPercent"`
@@ -53,7 +54,7 @@ func soak(ctx context.Context, o *options) error {
 		if err != nil {
 			return err
 		}
-		r := &soakResult{Schema: 1, Variant: o.variant, Minutes: o.minutes}
+		r := &soakResult{Schema: 1, Variant: o.variant, Minutes: o.minutes, Mbps: o.mbps}
 		if err := b.load(ctx, t, r); err != nil {
 			return err
 		}
@@ -72,7 +73,11 @@ func (b *bench) load(ctx context.Context, t *tunnel, r *soakResult) error {
 	way := b.stream(t, 1)
 	way.seconds = int(during.Seconds())
 	g.Go(func() error {
-		out, err := way.iperf(ctx, "-i", "1")
+		args := []string{"-i", "1"}
+		if r.Mbps > 0 {
+			args = append(args, "-b", fmt.Sprintf("%dM", r.Mbps))
+		}
+		out, err := way.iperf(ctx, args...)
 		if err != nil {
 			return err
 		}

@@ -62,6 +62,12 @@ func layoutOf(p []byte) layout {
 	return l
 }
 
+// intact reports whether the checksum of the IP header is right, where it has
+// one.
+func (l *layout) intact(p []byte) bool {
+	return l.flow.v6 || fold(sum(p[:l.transport], 0)) == 0xffff
+}
+
 // verify reports whether the transport checksum of a packet is right.
 func (l *layout) verify(p []byte) bool {
 	return fold(sum(p[l.transport:], l.pseudo(len(p)))) == 0xffff
@@ -112,7 +118,7 @@ type group struct {
 	segment  int  // payload of each
 	segments int  // how many, once split
 	partial  bool // the checksums hold the pseudo-headers' sums
-	checked  bool // the checksum of the first is right
+	checked  bool // the checksums of the first are right
 	closed   bool
 }
 
@@ -133,21 +139,20 @@ func (g *group) add(p *piece) bool {
 		g.segments+p.segments > maxJoined || g.size+payload > maxPacket || !g.follows(p.data) {
 		return false
 	}
-	if !g.partial {
-		if !g.checked {
-			if g.checked = g.layout.verify(g.packets[0]); !g.checked {
-				return false
-			}
-		}
-		if !p.layout.verify(p.data) {
-			return false
-		}
+	if g.checked = g.checked || g.sound(g.packets[0]); !g.checked || !g.sound(p.data) {
+		return false
 	}
 	g.packets = append(g.packets, p.data)
 	g.size += payload
 	g.segments += p.segments
 	g.closed = p.ends(g.segment)
 	return true
+}
+
+// sound reports whether the checksums of one of the flow's packets are right or
+// vouched for. Nobody vouches for that of the IP header.
+func (g *group) sound(p []byte) bool {
+	return g.layout.intact(p) && (g.partial || g.layout.verify(p))
 }
 
 // follows reports whether splitting would give p back behind what there is.

@@ -265,3 +265,16 @@ func BenchmarkJoin(b *testing.B) {
 		w.clear()
 	}
 }
+
+// A packet whose IP header is damaged is not joined: the super-packet's header,
+// which is right, would stand for it.
+func TestDamagedHeaderIsNotJoined(t *testing.T) {
+	for _, udp := range []bool{false, true} {
+		for damaged := range 3 {
+			packets := segments{udp: udp, size: 100, payload: pattern(300, 1)}.packets()
+			packets[damaged][10] ^= 1
+			supers, heads := joined(&writer{tcp: true, udp: true}, clones(packets))
+			mustEqual(t, apart(t, supers, heads), packets)
+		}
+	}
+}

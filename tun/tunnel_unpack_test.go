@@ -178,3 +178,34 @@ func TestRefusedSuperPacketIsSplit(t *testing.T) {
 		t.Error("joining was switched off")
 	}
 }
+
+// Nobody vouches for the header of an IPv4 packet, not even who does so for its
+// transport checksum.
+func TestVouchedWithDamagedHeaderIsNotJoined(t *testing.T) {
+	n, f := largeTunnel(t, everything)
+	p := segments{size: 100, payload: pattern(300, 1)}.packets()
+	var records [][]byte
+	for i := range p {
+		b, _ := withoutSum(p[i])
+		if i == 1 {
+			b[10] ^= 1
+			p[i][10] ^= 1
+		}
+		records = append(records, recordOf(recordPartial, b, 0))
+	}
+	deliver(t, n, [][]byte{boxed(records...)})
+	packets, heads := f.drain(t, true)
+	mustEqual(t, arrived(t, packets, heads), p)
+}
+
+// wireguard-go takes an IPv6 packet whose length passes 2^16 with its header for
+// a short one. The kernel would refuse what is left of it with an error, which is
+// logged, as often as the peer likes.
+func TestStumpIsDropped(t *testing.T) {
+	n, f := largeTunnel(t, everything)
+	p := segments{udp: true, size: 100, payload: pattern(200, 1)}.packets()
+	stump := segments{v6: true, udp: true, size: 100, payload: pattern(100, 1)}.packets()[0][:4]
+	deliver(t, n, [][]byte{p[0], {}, stump, p[1]})
+	packets, heads := f.drain(t, true)
+	mustEqual(t, arrived(t, packets, heads), p)
+}

@@ -279,3 +279,20 @@ func TestBindMeters(t *testing.T) {
 		t.Errorf("told %v", told)
 	}
 }
+
+// Kernels before 6.13 say EINVAL of a train whose datagrams are longer than the
+// path takes, and of a source that is gone. Only the latter costs the source,
+// and that does not cost the trains.
+func TestRefusedTrainKeepsItsSource(t *testing.T) {
+	o := openBind(t, Config{}, peerOf(keyA, true))
+	e := o.path(t, keyA, netip.MustParseAddrPort("192.0.2.1:1")).(*endpoint)
+	source := netip.MustParseAddr("192.0.2.7")
+	e.pin(source)
+	c, s := batch{to: e, source: source}, &socket{}
+	if !o.adapt(&c, s, unix.EINVAL, true) || e.SrcIP() != source || !e.flat.holds(o.now()) {
+		t.Error("a refused train: the source is gone, or trains go on")
+	}
+	if !o.adapt(&c, s, unix.EINVAL, false) || e.SrcIP().IsValid() || e.flat.holds(o.now()) {
+		t.Error("a refused datagram: the source stays, or trains do not come back")
+	}
+}

@@ -152,8 +152,9 @@ func (b *bind) segments(e *endpoint, s *socket) bool {
 // such a thing.
 func (b *bind) adapt(o *batch, s *socket, failed syscall.Errno, group bool) bool {
 	switch {
-	case o.source.IsValid() && badSource(failed):
+	case o.source.IsValid() && badSource(failed) && !(group && failed == unix.EINVAL):
 		o.to.pin(netip.Addr{})
+		o.to.flat.forget() // a train fails with a bad source too
 	case group && failed == unix.EIO:
 		s.flat.note(b.now())
 	case group && (failed == unix.EINVAL || failed == unix.EMSGSIZE):

@@ -85,6 +85,9 @@ const refusalTime = 30 * time.Second
 // made, in ns.
 func (r *refusal) holds(now int64) bool { return now < r.until.Load() }
 
+// forget ends a refusal.
+func (r *refusal) forget() { r.until.Store(0) }
+
 // note begins a refusal at a time since the Bind was made, in ns.
 func (r *refusal) note(now int64) { r.until.Store(now + int64(refusalTime)) }
 

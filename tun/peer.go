@@ -175,11 +175,13 @@ func (t *peers) path(k Key, to netip.AddrPort) *endpoint {
 		return nil
 	}
 	p.pathed.Store(true)
-	if e := t.paths[to]; e != nil && e.peer == p {
+	e := t.paths[to]
+	if e == nil || e.peer != p {
+		e = newEndpoint(to, p)
+	} else if p.endpoints[len(p.endpoints)-1] == e {
 		return e
 	}
 	p.level.reset()
-	e := newEndpoint(to, p)
 	t.list(p, e)
 	return e
 }

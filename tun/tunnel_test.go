@@ -348,3 +348,29 @@ func TestPathChangesHands(t *testing.T) {
 		t.Fatalf("%d indices kept", len(table.indices))
 	}
 }
+
+// The level belongs to the path in use, also when that was used before; and the
+// one used longest ago makes room.
+func TestPathUsedAgain(t *testing.T) {
+	table := newPeers()
+	table.set([]Peer{peerOf(keyA, true)})
+	at := func(port int) netip.AddrPort {
+		return netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), uint16(port))
+	}
+	p := table.byKey(keyA)
+	first := table.path(keyA, at(1))
+	table.path(keyA, at(2))
+	p.level.now.Store(levelWhole)
+	if table.path(keyA, at(2)); p.level.segments() != levelWhole {
+		t.Error("the path stayed, its level did not")
+	}
+	if table.path(keyA, at(1)) != first || p.level.segments() == levelWhole {
+		t.Error("another endpoint, or the level of another path")
+	}
+	for i := range maxEndpoints - 1 {
+		table.path(keyA, at(3+i))
+	}
+	if table.at(at(1)) != first || table.at(at(2)) != nil {
+		t.Error("not the one used longest ago made room")
+	}
+}

@@ -71,6 +71,7 @@ type bind struct {
 	open    atomic.Pointer[sockets] // nil: closed
 	trains  sync.Pool               // *train
 	holds   *holds
+	bells   bells // of the receivers and of the TUN's reader
 	drops   drops
 
 	reported func(*peer)   // told, when receiving, that a report to a peer is due; may be nil
@@ -116,6 +117,7 @@ func (b *bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 	b.holds.start()
 	var fns []conn.ReceiveFunc
 	for _, s := range s.all() {
+		s.bell = b.bells.hang(s.raw, s.conn.SetReadDeadline)
 		fns = append(fns, newReceiver(b, s).receive)
 	}
 	return fns, b.port(), nil
@@ -155,6 +157,9 @@ func (s *sockets) close() {
 func (b *bind) Close() error {
 	b.holds.stop()
 	if s := b.open.Swap(nil); s != nil {
+		for _, one := range s.all() {
+			b.bells.take(one.bell)
+		}
 		s.close()
 	}
 	return nil

@@ -2,8 +2,10 @@ package tun
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"syscall"
 	"time"
 	"unsafe"
@@ -45,7 +47,6 @@ type receiver struct {
 
 	stranger *endpoint // the last sender nobody registered
 	slots    slots     // messages of which not all fragments are here
-	large    bool      // fragments are taken
 	overflow uint32    // what the socket dropped, as last heard
 
 	known    bool   // of which peer index is
@@ -61,7 +62,7 @@ type receiver struct {
 }
 
 func newReceiver(b *bind, s *socket) *receiver {
-	r := &receiver{b: b, s: s, timer: time.NewTimer(time.Hour), large: !b.config.switched(offLarge)}
+	r := &receiver{b: b, s: s, timer: time.NewTimer(time.Hour)}
 	r.slots.drops = &b.drops
 	r.timer.Stop()
 	for i := range r.msgs {
@@ -92,6 +93,7 @@ func (r *receiver) recvmmsg(fd uintptr) bool {
 			r.count, r.next = int(n), 0
 			return true
 		case unix.EAGAIN:
+			r.s.bell.waiting.Store(true)
 			return false
 		case unix.EBADF, unix.ENOTSOCK:
 			r.errno = errno
@@ -106,7 +108,7 @@ func (r *receiver) recvmmsg(fd uintptr) bool {
 func (r *receiver) receive(packets [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 	for {
 		if len(r.now.data) == 0 && r.next == r.count {
-			if err := r.s.raw.Read(r.run); err != nil || r.errno != 0 {
+			if err := r.wait(); err != nil || r.errno != 0 {
 				return 0, net.ErrClosed
 			}
 		}
@@ -116,6 +118,19 @@ func (r *receiver) receive(packets [][]byte, sizes []int, eps []conn.Endpoint) (
 		if n := r.deliver(packets, sizes, eps); n > 0 {
 			return n, nil
 		}
+	}
+}
+
+// wait waits for datagrams.
+func (r *receiver) wait() error {
+	r.b.bells.look(r.b.now())
+	for {
+		err := r.s.raw.Read(r.run)
+		r.s.bell.waiting.Store(false)
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		_ = r.s.conn.SetReadDeadline(time.Time{}) // fails once closed
 	}
 }
 
@@ -161,14 +176,16 @@ func (r *receiver) deliver(packets [][]byte, sizes []int, eps []conn.Endpoint) i
 	return n
 }
 
-// gather takes the fragment b, which is under the cursor. It returns the size of
+// gather takes the fragment b, which is under the cursor. Whose it is tells the
+// index of its session, which nobody can guess; the path it takes need not be
+// the one this side uses. It returns the size of
 // the message that is complete with it, in dst, or 0, and how many bytes under
 // the cursor it has dealt with: all of the message's, when they follow.
 func (r *receiver) gather(dst, b []byte) (got, done int) {
 	f, ok := parseFragment(b)
-	if ok = ok && r.large; ok {
-		p := r.owner(f.session)
-		ok = p != nil && p == r.now.ep.peer && !r.now.ep.drop
+	if ok {
+		p, from := r.owner(f.session), r.now.ep
+		ok = p != nil && (from.peer == nil || from.peer == p) && !from.drop
 	}
 	if !ok {
 		r.b.drops.fragments.Add(1)
@@ -177,7 +194,7 @@ func (r *receiver) gather(dst, b []byte) (got, done int) {
 	done = len(b)
 	if f.adjacent(dst, r.now.data) {
 		got, done = f.length(), f.count*len(b)
-	} else if got = r.slots.put(dst, r.peer, f, b[fragmentHeader:]); got == 0 {
+	} else if got = r.slots.put(dst, source{r.peer, r.now.ep.peer != nil}, f, b[fragmentHeader:]); got == 0 {
 		return 0, done
 	}
 	if !f.names(dst[:got]) {

@@ -18,6 +18,7 @@ type socket struct {
 	raw  syscall.RawConn
 	gso  bool          // UDP_SEGMENT works
 	flat refusal       // of UDP_SEGMENT, by the device it went to
+	bell *bell         // of its receiver
 	done chan struct{} // closed by close
 }
 
@@ -44,7 +45,7 @@ func newSocket(network string, a *net.UDPAddr) (*socket, error) {
 		_ = c.Close()
 		return nil, err
 	}
-	return &socket{conn: c, raw: raw, done: make(chan struct{})}, nil
+	return &socket{conn: c, raw: raw, bell: &bell{}, done: make(chan struct{})}, nil
 }
 
 // prepare sets the options. Buffers and offloads are worth trying only.

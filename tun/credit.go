@@ -9,7 +9,7 @@ import (
 // 64 KiB, and its own queues have room for gigabytes of them.
 const (
 	creditLimit   = 256                    // messages in flight, one direction
-	creditBytes   = 512 << 10              // bytes in flight, one direction; the last message may exceed it
+	creditBytes   = 128 << 10              // bytes in flight, one direction; the last message may exceed it
 	creditStall   = 5 * time.Millisecond   // no progress for so long: the messages are lost or parked
 	creditLive    = time.Second            // progress within this: lost, not parked
 	parkedLimit   = 64                     // messages let through to a peer without a session

@@ -4,8 +4,9 @@ import "math/bits"
 
 // Bounds of messages of which not all fragments are here.
 const (
-	maxSlots     = 32 // of one receiver; the bits of slots.open
-	maxPeerSlots = 8
+	maxSlots     = 32                       // of one receiver; the bits of slots.open
+	maxPeerSlots = 8                        // for what comes by one of the peer's paths
+	maxElseSlots = 2                        // and for what comes from elsewhere
 	slotSize     = maxPacket + maxFragments // with padding
 
 	// A message so many messages behind the newest is given up, before its id
@@ -17,10 +18,18 @@ const (
 // slot is a message in the making.
 type slot struct {
 	of    fragment // header of the fragment that came first
-	peer  *peer
+	from  source
 	have  uint64 // which fragments are here
 	begun uint64 // when, in slots begun
 	data  *[slotSize]byte
+}
+
+// source is who a fragment is from. What comes by no known path of the peer is
+// kept apart: it may be the peer's by a path that this side does not use, and it
+// may be anybody's who saw the index of the session.
+type source struct {
+	peer *peer
+	path bool // a known one
 }
 
 // slots puts messages together whose fragments do not come in one piece. Their
@@ -34,12 +43,12 @@ type slots struct {
 	drops *drops
 }
 
-// put adds a fragment of p. It returns the size of the message that is complete
+// put adds a fragment. It returns the size of the message that is complete
 // with it, in dst, or 0.
-func (s *slots) put(dst []byte, p *peer, f fragment, part []byte) int {
-	i := s.find(f)
+func (s *slots) put(dst []byte, from source, f fragment, part []byte) int {
+	i := s.find(from, f)
 	if i < 0 {
-		i = s.begin(p, f)
+		i = s.begin(from, f)
 	}
 	one := &s.list[i]
 	if bit := uint64(1) << f.index; one.have&bit == 0 && one.of.padding == f.padding && len(dst) >= f.length() {
@@ -56,23 +65,23 @@ func (s *slots) put(dst []byte, p *peer, f fragment, part []byte) int {
 }
 
 // find is the slot of f's message, -1 when there is none.
-func (s *slots) find(f fragment) int {
+func (s *slots) find(from source, f fragment) int {
 	for open := s.open; open != 0; open &= open - 1 {
 		i := bits.TrailingZeros32(open)
-		if of := &s.list[i].of; of.session == f.session && of.id == f.id && of.count == f.count && of.size == f.size {
+		if of := &s.list[i].of; s.list[i].from == from && of.session == f.session && of.id == f.id && of.count == f.count && of.size == f.size {
 			return i
 		}
 	}
 	return -1
 }
 
-// begin takes a slot for the message of f: a free one, or the oldest of p when
-// it has its share, or the oldest of all.
-func (s *slots) begin(p *peer, f fragment) int {
-	i := s.oldest(p)
-	if i < 0 {
+// begin takes a slot for the message of f: a free one, or the oldest of the same
+// source when that has its share, or the oldest of all.
+func (s *slots) begin(from source, f fragment) int {
+	i, count := s.oldest(func(one *slot) bool { return one.from == from })
+	if count < from.share() {
 		if i = bits.TrailingZeros32(^s.open); i == maxSlots {
-			i = s.oldest(nil)
+			i, _ = s.oldest(func(*slot) bool { return true })
 		}
 	}
 	if s.open&(1<<i) != 0 {
@@ -84,17 +93,24 @@ func (s *slots) begin(p *peer, f fragment) int {
 	}
 	s.begun++
 	s.open |= 1 << i
-	one.of, one.peer, one.have, one.begun = f, p, 0, s.begun
+	one.of, one.from, one.have, one.begun = f, from, 0, s.begun
 	return i
 }
 
-// oldest is the slot of p begun first, -1 when it has fewer than its share; for
-// nil it is that of all peers.
-func (s *slots) oldest(p *peer) int {
-	first, count := -1, 0
+// share is how many slots a source may have.
+func (f source) share() int {
+	if f.path {
+		return maxPeerSlots
+	}
+	return maxElseSlots
+}
+
+// oldest is the slot begun first of those that match, and how many do.
+func (s *slots) oldest(match func(*slot) bool) (first, count int) {
+	first = -1
 	for open := s.open; open != 0; open &= open - 1 {
 		i := bits.TrailingZeros32(open)
-		if p != nil && s.list[i].peer != p {
+		if !match(&s.list[i]) {
 			continue
 		}
 		count++
@@ -102,10 +118,7 @@ func (s *slots) oldest(p *peer) int {
 			first = i
 		}
 	}
-	if p != nil && count < maxPeerSlots {
-		return -1
-	}
-	return first
+	return first, count
 }
 
 // pass notes that a message of a session has arrived. Those far behind it will
@@ -129,5 +142,5 @@ func (s *slots) lose(i int) {
 
 func (s *slots) close(i int) {
 	s.open &^= 1 << i
-	s.list[i].peer = nil
+	s.list[i].from = source{}
 }

@@ -71,16 +71,16 @@ func (a *assembly) each(from netip.AddrPort, datagrams [][]byte) (out [][]byte) 
 // check holds the bounds.
 func (a *assembly) check(t *testing.T) {
 	t.Helper()
-	count := make(map[*peer]int)
+	count := make(map[source]int)
 	for i, one := range a.slots.list {
-		if open := a.slots.open&(1<<i) != 0; open != (one.peer != nil) {
-			t.Fatalf("slot %d: open %v, peer %v", i, open, one.peer)
+		if open := a.slots.open&(1<<i) != 0; open != (one.from != (source{})) {
+			t.Fatalf("slot %d: open %v, from %v", i, open, one.from)
 		}
-		if one.peer != nil {
-			count[one.peer]++
+		if one.from != (source{}) {
+			count[one.from]++
 		}
-		if one.peer != nil && count[one.peer] > maxPeerSlots {
-			t.Fatalf("%d slots of one peer", count[one.peer])
+		if one.from != (source{}) && count[one.from] > one.from.share() {
+			t.Fatalf("%d slots of one source", count[one.from])
 		}
 	}
 }
@@ -116,27 +116,23 @@ func TestAssemble(t *testing.T) {
 	}
 }
 
-// Only a peer's own session from its own path is taken; nothing else leaves a
-// trace but a count.
+// Only a peer's own session, not from another peer's path, is taken; nothing else
+// leaves a trace but a count.
 func TestAssembleRefuses(t *testing.T) {
-	stranger := netip.MustParseAddrPort("192.0.2.9:9")
 	good := fragmentsOf(t, dataMessage(assemblySessions[keyA], 5, 4000), 1432)
 	initiation := wireGuard(typeInitiation, assemblySessions[keyA], 4000)
 	for name, c := range map[string]struct {
-		config Config
-		from   netip.AddrPort
-		parts  [][]byte
-		slots  uint64
+		from  netip.AddrPort
+		parts [][]byte
+		slots uint64
 	}{
-		"unknown source":     {from: stranger, parts: good},
 		"another peer's":     {from: assemblyPaths[keyB], parts: good},
 		"unknown session":    {from: assemblyPaths[keyA], parts: fragmentsOf(t, dataMessage(1, 5, 4000), 1432)},
 		"foreign session":    {from: assemblyPaths[keyA], parts: fragmentsOf(t, dataMessage(assemblySessions[keyB], 5, 4000), 1432)},
-		"switched off":       {config: Config{Offloads: offLarge}, from: assemblyPaths[keyA], parts: good},
 		"an initiation":      {from: assemblyPaths[keyA], parts: fragmentsOf(t, initiation, 1432), slots: 1},
 		"of another counter": {from: assemblyPaths[keyA], parts: renamed(good), slots: 1},
 	} {
-		a := newAssembly(c.config)
+		a := newAssembly(Config{})
 		if got := a.each(c.from, c.parts); len(got) > 0 {
 			t.Errorf("%s: delivered one by one", name)
 		}
@@ -150,6 +146,14 @@ func TestAssembleRefuses(t *testing.T) {
 			t.Errorf("%s: costs credits", name)
 		}
 	}
+}
+
+// The peer may use a path that this side does not, and large messages may be
+// under way although they were just switched off.
+func TestAssembleFromAnotherPath(t *testing.T) {
+	m := dataMessage(assemblySessions[keyA], 5, 4000)
+	a := newAssembly(Config{Offloads: offLarge})
+	mustEqual(t, a.each(netip.MustParseAddrPort("192.0.2.9:9"), fragmentsOf(t, m, 1432)), [][]byte{m})
 }
 
 // renamed are fragments with another id.
@@ -221,11 +225,11 @@ func TestAssembleManyPeers(t *testing.T) {
 	list := make([]peer, 10)
 	for i := range 100 {
 		f := fragment{session: uint32(i % 10), id: uint16(i), count: 2, size: 100}
-		s.put(make([]byte, 200), &list[i%10], f, make([]byte, 100))
+		s.put(make([]byte, 200), source{&list[i%10], true}, f, make([]byte, 100))
 	}
 	for i := range 100 {
 		f := fragment{session: uint32(i % 10), id: uint16(i), index: 1, count: 2, size: 100}
-		if open := s.find(f) >= 0; open != (i >= 100-maxSlots) {
+		if open := s.find(source{&list[i%10], true}, f) >= 0; open != (i >= 100-maxSlots) {
 			t.Fatalf("message %d open: %v", i, open)
 		}
 	}

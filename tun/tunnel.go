@@ -28,6 +28,7 @@ type tunnel struct {
 	peers      *peers
 	bind       *bind
 	raw        syscall.RawConn
+	bell       *bell
 	reader     reader
 	writer     writer
 	reports    reports
@@ -71,6 +72,7 @@ func newTunnel(dev wgtun.Device, t *peers, b *bind, c Config) (*tunnel, error) {
 	n := own(dev, raw, o, c)
 	n.peers, n.bind = t, b
 	b.reported = n.wakeReport
+	n.bell = b.bells.hang(raw, n.File().SetReadDeadline)
 	return n, nil
 }
 
@@ -78,6 +80,7 @@ func newTunnel(dev wgtun.Device, t *peers, b *bind, c Config) (*tunnel, error) {
 func own(dev wgtun.Device, raw syscall.RawConn, o offloads, c Config) *tunnel {
 	n := &tunnel{
 		Device: dev, raw: raw,
+		bell:   &bell{},
 		events: make(chan wgtun.Event, 1),
 		done:   make(chan struct{}),
 	}
@@ -138,6 +141,9 @@ func (n *tunnel) Close() error {
 	var err error
 	n.once.Do(func() {
 		close(n.done)
+		if n.bind != nil {
+			n.bind.bells.take(n.bell)
+		}
 		n.procs.close()
 		err = n.Device.Close()
 		n.forwarding.Wait()
@@ -149,17 +155,16 @@ func (n *tunnel) Close() error {
 // waits while wireguard-go holds too many.
 func (n *tunnel) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	n.procs.sample()
+	n.bind.bells.look(n.bind.now())
 	r := &n.reader
 	r.begin(bufs, sizes, offset)
 	for {
-		r.room = 0
-		if r.super.left() == 0 { // otherwise there are packets already counted
-			if r.room, r.bytes = n.bind.out.wait(r.timer, n.done); r.room == 0 {
-				r.end()
-				return 0, os.ErrClosed
-			}
+		if r.room, r.bytes = n.bind.out.wait(r.timer, n.done); r.room == 0 {
+			r.end()
+			return 0, os.ErrClosed
 		}
 		err := n.raw.Read(r.run)
+		n.bell.waiting.Store(false)
 		woken := errors.Is(err, os.ErrDeadlineExceeded)
 		if woken {
 			r.report()
@@ -189,6 +194,7 @@ func (n *tunnel) Write(bufs [][]byte, offset int) (int, error) {
 	src, _ := innerAddrs(bufs[0][offset:])
 	p := n.peers.byAddr(src)
 	packets, errno := n.writer.write(bufs, offset, p, src)
+	n.bind.bells.look(n.bind.now())
 	if p != nil {
 		p.received.Add(uint64(packets))
 		n.bind.inbound.settle(&p.in, len(bufs))

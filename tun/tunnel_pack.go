@@ -53,44 +53,55 @@ func (k *packer) remove(x *box) {
 // container of one datagram.
 func (r *reader) small(n int) bool { return recordAt+n+recordHeaderSize+ipv4HeaderSize <= r.mtu }
 
-// acceptSmall puts the packet into the container of its peer, or begins one with
+// passSmall puts the packet into the container of its peer, or begins one with
 // it.
-func (r *reader) acceptSmall(n int, p *peer, to netip.Addr) {
-	b := r.gather(n, recordAt)
-	if b == nil || packetSize(b) != n { // the far side would find no end
-		r.acceptPlain(n, p)
+func (r *reader) passSmall(i int, to *peer, addr netip.Addr) {
+	p := &r.shelf.slots[i]
+	n := len(p.packet)
+	if packetSize(p.packet) != n { // the far side would find no end
+		r.passPlain(i, to)
 		return
 	}
 	kind := uint8(recordFull)
-	if r.head.flags&needsSum != 0 {
-		if l := layoutOf(b); l.matches(r.head) {
+	if p.head.flags&needsSum != 0 {
+		if l := layoutOf(p.packet); l.matches(p.head) {
 			kind = recordPartial
-		} else if !complete(b, r.head) {
+		} else if !complete(p.packet, p.head) {
+			r.shelf.take(i, false)
 			return
 		}
 	}
-	x := r.pack.of(p)
-	if x != nil && x.size+recordHeaderSize+n > r.mtu {
+	x := r.pack.of(to)
+	if x != nil && (x.size+recordHeaderSize+n > r.mtu || x.index < r.placed[p.queue]-1) {
 		r.ship(x)
 		x = nil
 	}
-	r.bytes -= n
-	if x != nil {
-		out := r.bufs[x.index][r.offset+x.size:]
-		putRecord(out, kind, n, 0)
-		copy(out[recordHeaderSize:], b)
-		x.size += recordHeaderSize + n
-		x.count++
-		return
+	if x == nil {
+		x = r.open(to, addr, p.head)
 	}
+	out := r.bufs[x.index][r.offset+x.size:]
+	putRecord(out, kind, n, 0)
+	copy(out[recordHeaderSize:], p.packet)
+	x.size += recordHeaderSize + n
+	x.count++
+	r.bytes -= n
+	r.shelf.spend(i, n)
+	r.placed[p.queue] = x.index + 1
+	r.shelf.take(i, false)
+}
+
+// open begins a container in the next buffer.
+func (r *reader) open(to *peer, addr netip.Addr, head virtio) *box {
 	if r.pack.count == maxBoxes {
 		r.ship(&r.pack.boxes[0])
 	}
-	putRecord(r.bufs[r.count][r.offset+ipv4HeaderSize:], kind, n, 0)
-	r.pack.boxes[r.pack.count] = box{peer: p, to: to, head: r.head, index: r.count, size: recordAt + n, count: 1}
+	x := &r.pack.boxes[r.pack.count]
+	*x = box{peer: to, to: addr, head: head, index: r.out, size: ipv4HeaderSize}
 	r.pack.count++
 	r.room--
-	r.count++
+	r.out++
+	r.count = max(r.count, r.out)
+	return x
 }
 
 // matches reports whether the kernel left just the checksum of the flow's protocol
@@ -116,14 +127,6 @@ func (r *reader) ship(x *box) {
 	}
 	r.sizes[x.index] = size
 	r.pack.remove(x)
-}
-
-// shipOf closes the container of a peer, if there is one, so that nothing joins
-// it that comes after the packet under way.
-func (r *reader) shipOf(p *peer) {
-	if x := r.pack.of(p); x != nil {
-		r.ship(x)
-	}
 }
 
 // shipAll closes all containers.

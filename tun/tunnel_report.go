@@ -65,7 +65,7 @@ func (n *tunnel) asleep() { _ = n.File().SetReadDeadline(time.Time{}) }
 // report fills buffers with reports that wait.
 func (r *reader) report() {
 	r.n.asleep()
-	for r.count < len(r.bufs) {
+	for r.out < len(r.bufs) {
 		p := r.n.reports.next()
 		if p == nil {
 			return
@@ -74,14 +74,15 @@ func (r *reader) report() {
 		if !ok || !p.pathed.Load() {
 			continue
 		}
-		b := r.bufs[r.count][r.offset:]
+		b := r.next()
 		received, missing := p.meter.totals()
 		putReport(b[ipv4HeaderSize:], received, missing)
 		size := ipv4HeaderSize + reportRecord
 		putContainer(b[:size], r.self, to)
 		if r.n.bind.out.take(&p.out, 1, size) {
-			r.sizes[r.count] = size
-			r.count++
+			r.sizes[r.out] = size
+			r.out++
+			r.count = r.out
 		}
 	}
 	if r.n.reports.waiting() {

@@ -91,7 +91,9 @@ func read(t *testing.T, n *tunnel, bufs [][]byte) [][]byte {
 	}
 	var out [][]byte
 	for i := range count {
-		out = append(out, bytes.Clone(bufs[i][testOffset:testOffset+sizes[i]]))
+		if sizes[i] > 0 {
+			out = append(out, bytes.Clone(bufs[i][testOffset:testOffset+sizes[i]]))
+		}
 	}
 	return out
 }
@@ -122,8 +124,8 @@ func TestReadDrains(t *testing.T) {
 	partial, l := bytes.Clone(small.packets()[0]), layoutOf(small.packets()[0])
 	binary.BigEndian.PutUint16(partial[l.transport+udpSum:], fold(l.pseudo(len(partial))))
 	f.put(t, virtio{flags: needsSum, sumStart: uint16(l.transport), sumOffset: udpSum}, partial)
+	want = append(want, jumbo.packets()[0], small.packets()[0]) // of one flow that sends little
 	want = append(want, large.packets()...)
-	want = append(want, jumbo.packets()[0], small.packets()[0])
 	mustEqual(t, read(t, n, buffers()), want)
 }
 
@@ -150,8 +152,9 @@ func TestReadGoesOn(t *testing.T) {
 	p, h := s.super()
 	f.put(t, h, p)
 	var got [][]byte
-	for len(got) < 300 {
-		got = append(got, read(t, n, buffers()[:32])...)
+	for bufs := buffers(); len(got) < 300; {
+		got = append(got, read(t, n, bufs)...)
+		n.bind.out.settle(&n.peers.byKey(keyB).out, batchSize)
 	}
 	mustEqual(t, got, s.packets())
 }

@@ -33,10 +33,6 @@ func (s *sources) own(a netip.Addr, t *peers) bool {
 // unpack places what a container holds. A record that is not valid ends it.
 func (w *writer) unpack(b []byte) {
 	src, _ := innerAddrs(b)
-	if !w.large {
-		w.n.dropped.contained.Add(1)
-		return
-	}
 	if !w.from.own(src, w.n.peers) {
 		w.n.dropped.forged.Add(1)
 		return

@@ -12,8 +12,7 @@ import (
 // writer is the writing half of a tunnel: it joins packets of a flow to
 // super-packets and writes those. Safe for concurrent use.
 type writer struct {
-	n     *tunnel
-	large bool // containers are taken
+	n *tunnel
 
 	mu     sync.Mutex
 	raw    syscall.RawConn
@@ -39,7 +38,6 @@ func (w *writer) init(n *tunnel, o offloads, c *Config) {
 	w.n, w.raw, w.header, w.run = n, n.raw, o.header, w.flush
 	plain := c.switched(offGRO)
 	w.tcp, w.udp = o.tcp && !plain, o.udp && !plain
-	w.large = !c.switched(offLarge)
 }
 
 // write gives packets of p to the kernel, in order within each flow; src is one

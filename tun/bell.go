@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	lookEvery = 30 * time.Microsecond // the shortest time between two looks
+	lookEvery = 50 * time.Microsecond // the shortest time between two looks
 	maxBells  = 4                     // the TUN and a socket of each family, and one to spare
 )
 

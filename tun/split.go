@@ -73,6 +73,7 @@ type split struct {
 	sumAt     int
 	tcp       bool
 	pseudo    uint64 // sum of the addresses and the protocol
+	header    uint64 // sum of the IPv4 header without length and identification
 }
 
 // start takes a super-packet and reports whether it is well-formed. The length
@@ -111,6 +112,10 @@ func (s *split) start(p []byte, h virtio) bool {
 	}
 	p[c.sumAt], p[c.sumAt+1] = 0, 0
 	c.pseudo = pseudoSum(p[addrs:end], proto, 0)
+	if addrs == 12 {
+		clear(p[10:12])
+		c.header = sum(p[:c.transport], 0) + uint64(^uint16(be16(p[2:]))) + uint64(^uint16(be16(p[4:])))
+	}
 	c.packet, c.at = p, c.headers
 	*s = c
 	return true
@@ -182,9 +187,10 @@ func (s *split) fixIP(out []byte) {
 		binary.BigEndian.PutUint16(out[4:], uint16(len(out)-ipv6HeaderSize))
 		return
 	}
+	id := uint16(be16(out[4:]) + s.index)
 	binary.BigEndian.PutUint16(out[2:], uint16(len(out)))
-	binary.BigEndian.PutUint16(out[4:], uint16(be16(out[4:])+s.index))
-	sumIPv4(out[:s.transport])
+	binary.BigEndian.PutUint16(out[4:], id)
+	binary.BigEndian.PutUint16(out[10:], ^fold(s.header+uint64(len(out))+uint64(id)))
 }
 
 // sumIPv4 sets the checksum of an IPv4 header.

@@ -49,11 +49,12 @@ type receiver struct {
 	slots    slots     // messages of which not all fragments are here
 	overflow uint32    // what the socket dropped, as last heard
 
-	known    bool   // of which peer index is
-	index    uint32 // of the messages being counted
-	peer     *peer  // whose session that is
-	taken    int    // how many have content
-	bytes    int    // and how large those are
+	known    bool              // of which peer index is
+	index    uint32            // of the messages being counted
+	peer     *peer             // whose session that is
+	taken    int               // how many have content
+	bytes    int               // and how large those are
+	messages [batchSize]uint64 // their names
 	counters [batchSize]uint64
 	counted  int // how many counters
 	timer    *time.Timer
@@ -227,6 +228,7 @@ func (r *receiver) take(b []byte) {
 	r.slots.pass(r.index, r.counters[r.counted])
 	r.counted++
 	if isData(b) {
+		r.messages[r.taken] = nameOf(b)
 		r.taken++
 		r.bytes += len(b)
 	}
@@ -238,7 +240,7 @@ func (r *receiver) charge() {
 		return
 	}
 	if r.taken > 0 {
-		r.b.inbound.take(&r.peer.in, r.taken, r.bytes)
+		r.b.inbound.takeNamed(&r.peer.in, r.messages[:r.taken], r.bytes)
 	}
 	r.peer.meter.note(r.index, r.counters[:r.counted], r.b.overflow.Load())
 	if r.b.reported != nil && r.peer.meter.due(time.Duration(r.b.now())) {

@@ -10,7 +10,7 @@ import (
 const (
 	creditLimit   = 256                    // messages in flight, one direction
 	creditBytes   = 128 << 10              // bytes in flight, one direction; the last message may exceed it
-	creditStall   = 5 * time.Millisecond   // no progress for so long: the messages are lost or parked
+	creditStall   = 3 * time.Millisecond   // no progress for so long: the messages are lost or parked
 	creditLive    = time.Second            // progress within this: lost, not parked
 	parkedLimit   = 64                     // messages let through to a peer without a session
 	parkedTrickle = 100 * time.Millisecond // and one more each so often, so that handshakes are tried
@@ -30,11 +30,46 @@ type credit struct {
 	wake  chan struct{} // holds one token
 }
 
+// maxNamed is more than an account ever holds: creditLimit, and what a batch
+// exceeds it by.
+const maxNamed = 4 * batchSize
+
+// names are the messages an account holds, the oldest first, where they have
+// names. The zero value is empty.
+type names struct {
+	ring  []uint64 // maxNamed, made at first use
+	first int
+	count int
+}
+
+func (l *names) add(list []uint64) {
+	if l.ring == nil {
+		l.ring = make([]uint64, maxNamed)
+	}
+	for _, name := range list {
+		l.ring[(l.first+l.count)%maxNamed] = name
+		l.count = min(l.count+1, maxNamed)
+	}
+}
+
+// upTo forgets all up to a name and returns how many those were, 0 when the name
+// is not there.
+func (l *names) upTo(name uint64) int {
+	for i := range l.count {
+		if l.ring[(l.first+i)%maxNamed] == name {
+			l.first, l.count = (l.first+i+1)%maxNamed, l.count-i-1
+			return i + 1
+		}
+	}
+	return 0
+}
+
 // account is one peer's share of a credit, guarded by the credit's mutex. The
 // zero value is ready.
 type account struct {
 	held     int
 	bytes    int // of the messages held, as far as settle can tell
+	names    names
 	listed   bool
 	moved    time.Duration // last progress, or begin of waiting for it
 	settled  time.Duration // last settle; meaningful once seen
@@ -79,6 +114,16 @@ func (c *credit) take(a *account, n, bytes int) bool {
 	return true
 }
 
+// takeNamed is take for messages that come out in their order, as far as they
+// come out.
+func (c *credit) takeNamed(a *account, list []uint64, bytes int) {
+	if c.take(a, len(list), bytes) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		a.names.add(list)
+	}
+}
+
 func (a *account) trickle(n int, now time.Duration) bool {
 	if a.admitted >= parkedLimit && now < a.next {
 		return false
@@ -90,10 +135,17 @@ func (a *account) trickle(n int, now time.Duration) bool {
 
 // settle takes back up to n messages of a, and their share of its bytes: who
 // settles cannot tell the sizes exactly.
-func (c *credit) settle(a *account, n int) {
+func (c *credit) settle(a *account, n int) { c.settleTo(a, 0, n) }
+
+// settleTo takes back the named message and all before it, whether they came out
+// or not, and n where that name is not known.
+func (c *credit) settleTo(a *account, name uint64, n int) {
 	now := time.Since(c.base)
 	c.mu.Lock()
 	full := c.full()
+	if upTo := a.names.upTo(name); upTo > 0 {
+		n = upTo
+	}
 	if n = min(n, a.held); n > 0 {
 		share := a.bytes * n / a.held
 		a.bytes -= share
@@ -123,6 +175,7 @@ func (c *credit) forget(a *account) {
 	c.held -= a.held
 	c.bytes -= a.bytes
 	a.held, a.bytes = 0, 0
+	a.names.first, a.names.count = 0, 0
 }
 
 // wait blocks until there is room and returns how much, in messages and in
@@ -139,6 +192,9 @@ func (c *credit) wait(timer *time.Timer, done <-chan struct{}) (messages, bytes 
 			}
 			return messages, bytes
 		}
+		if !waited && c.expire() {
+			continue
+		}
 		timer.Reset(creditStall)
 		select {
 		case <-c.wake:
@@ -152,8 +208,9 @@ func (c *credit) wait(timer *time.Timer, done <-chan struct{}) (messages, bytes 
 	}
 }
 
-// expire writes off what peers without progress hold.
-func (c *credit) expire() {
+// expire writes off what peers without progress hold, and reports whether there
+// was anything.
+func (c *credit) expire() (some bool) {
 	now := time.Since(c.base)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -165,6 +222,7 @@ func (c *credit) expire() {
 				a.admitted, a.next = a.held, now+parkedTrickle
 			}
 			c.forget(a)
+			some = true
 		}
 		a.listed = a.held > 0
 		if a.listed {
@@ -173,4 +231,5 @@ func (c *credit) expire() {
 	}
 	clear(c.busy[len(busy):])
 	c.busy = busy
+	return some
 }

@@ -1,6 +1,9 @@
 package tun
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"math"
+)
 
 // Bounds of fragments.
 const (
@@ -125,6 +128,10 @@ func (f fragment) adjacent(dst, data []byte) bool {
 	}
 	return true
 }
+
+// nameOf tells messages of data apart: the session's index and the counter's low
+// half, as in the header. It is never 0: an index is random.
+func nameOf(b []byte) uint64 { return uint64(indexOf(b))<<32 | counterOf(b)&math.MaxUint32 }
 
 // counterOf is the counter of WireGuard data.
 func counterOf(b []byte) uint64 { return binary.LittleEndian.Uint64(b[counterAt:]) }

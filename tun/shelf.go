@@ -38,6 +38,8 @@ type shelved struct {
 	head   virtio
 	at     time.Duration // when it came
 	cut    split         // what is left of it, once cutting has begun
+	step   int           // segments of each part, then
+	kind   uint8         // and of the record
 	queue  uint8
 	next   int8 // in the queue; noSlot: none
 }

@@ -17,7 +17,7 @@ func numbered(port uint16, n, size int) []byte {
 	return p
 }
 
-func nameOf(p []byte) (port uint16, n int) {
+func numberOf(p []byte) (port uint16, n int) {
 	return binary.BigEndian.Uint16(p[ipv4HeaderSize:]), int(binary.BigEndian.Uint32(p[ipv4HeaderSize+udpHeaderSize:]))
 }
 
@@ -41,10 +41,10 @@ func TestShelfSparseFirst(t *testing.T) {
 	}
 	first := s.pull(false)
 	s.put(s.vacant(), numbered(2, 0, 60), virtio{}, 0)
-	if port, _ := nameOf(first); port != 1 {
+	if port, _ := numberOf(first); port != 1 {
 		t.Fatal("the only flow was not first")
 	}
-	if port, _ := nameOf(s.pull(false)); port != 2 {
+	if port, _ := numberOf(s.pull(false)); port != 2 {
 		t.Error("the sparse flow waits")
 	}
 }
@@ -63,7 +63,7 @@ func TestShelfTurns(t *testing.T) {
 			}
 		}
 		p := s.pull(false)
-		port, _ := nameOf(p)
+		port, _ := numberOf(p)
 		sent[port] += len(p)
 	}
 	if share := float64(sent[1]) / float64(sent[2]); share < 0.9 || share > 1.1 {
@@ -79,7 +79,7 @@ func TestShelfKeepsOrder(t *testing.T) {
 		put, got := map[uint16]int{}, map[uint16]int{}
 		left := map[int]bool{}
 		check := func(p []byte) {
-			port, n := nameOf(p)
+			port, n := numberOf(p)
 			if n != got[port] {
 				t.Fatalf("packet %d of flow %d, want %d", n, port, got[port])
 			}
@@ -199,6 +199,14 @@ func TestSlow(t *testing.T) {
 		if !v6 && fold(sum(p[:ipv4HeaderSize], 0)) != 0xffff {
 			t.Error("header checksum wrong")
 		}
+	}
+	damaged := numbered(1, 1, 100)
+	damaged[0], damaged[1], damaged[8] = 0x41, 1, damaged[8]+1
+	if !mark(damaged) || damaged[1] != ecnOverran {
+		t.Error("a header that is no header was not marked")
+	}
+	if damaged[0] = 0x45; fold(sum(damaged[:ipv4HeaderSize], 0)) == 0xffff {
+		t.Error("a damaged header was mended")
 	}
 	single := shelved{packet: numbered(1, 1, 100)}
 	if r.slow(&single) {

@@ -3,6 +3,7 @@ package tun
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -185,19 +186,31 @@ func (n *tunnel) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 // closedTUN reports whether an error means that the interface is gone.
 func closedTUN(errno syscall.Errno) bool { return errno == unix.EBADFD || errno == unix.EBADF }
 
+// sender is whose the packets of a Write are, and the address that says so: that
+// of the first whole one. A peer can leave us stumps.
+func (n *tunnel) sender(bufs [][]byte, offset int) (netip.Addr, *peer) {
+	for _, b := range bufs {
+		if packet := b[offset:]; len(packet) > 0 && packetSize(packet) == len(packet) {
+			src, _ := innerAddrs(packet)
+			return src, n.peers.byAddr(src)
+		}
+	}
+	return netip.Addr{}, nil
+}
+
 // Write gives packets of one peer to the kernel, those in containers too.
 func (n *tunnel) Write(bufs [][]byte, offset int) (int, error) {
 	if len(bufs) == 0 {
 		return 0, nil
 	}
 	n.procs.sample()
-	src, _ := innerAddrs(bufs[0][offset:])
-	p := n.peers.byAddr(src)
+	src, p := n.sender(bufs, offset)
 	packets, errno := n.writer.write(bufs, offset, p, src)
 	n.bind.bells.look(n.bind.now())
 	if p != nil {
 		p.received.Add(uint64(packets))
-		n.bind.inbound.settle(&p.in, len(bufs))
+		// wireguard-go leaves the header of the message before what was in it.
+		n.bind.inbound.settleTo(&p.in, nameOf(bufs[len(bufs)-1]), len(bufs))
 	}
 	switch {
 	case errno == 0 || errno == unix.EIO: // EIO: the link is down, where packets vanish

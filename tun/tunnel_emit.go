@@ -62,32 +62,47 @@ func (r *reader) passPlain(i int, to *peer) {
 // passSuper passes a super-packet on whole, or in parts.
 func (r *reader) passSuper(i int, to *peer, addr netip.Addr, able bool) {
 	p := &r.shelf.slots[i]
-	step, kind, segment := 1, uint8(0), 0
-	if able {
-		step = to.level.segments()
-	}
-	if step > 1 {
-		s := piece{data: p.packet, layout: layoutOf(p.packet)}
-		kind, segment = s.layout.superKind(), int(p.head.segment)
-		if !s.layout.matches(p.head) || !s.is(kind, segment) {
-			step = 1
-		} else if step < levelWhole || len(p.packet) > r.largest {
-			step = max(1, min(step, (r.largest-s.layout.headers)/segment))
-		} else if p.cut.left() == 0 {
-			r.passWhole(i, kind, to, addr)
+	if p.cut.left() == 0 {
+		p.step = 1
+		if able {
+			p.step, p.kind = r.parts(p, to.level.segments())
+		}
+		if p.step >= levelWhole {
+			r.passWhole(i, p.kind, to, addr)
+			return
+		}
+		if !p.cut.start(p.packet, p.head) {
+			r.shelf.take(i, false)
 			return
 		}
 	}
-	if p.cut.left() == 0 && !p.cut.start(p.packet, p.head) {
-		r.shelf.take(i, false)
-		return
+	step := p.step
+	if !able {
+		step = 1 // no longer
 	}
 	for !r.full() && p.cut.left() > 0 {
-		r.cut(i, step, kind, to, addr)
+		r.cut(i, step, p.kind, to, addr)
 	}
 	if p.cut.left() == 0 {
 		r.shelf.take(i, false)
 	}
+}
+
+// parts is how many segments of a super-packet one message takes, levelWhole for
+// all, and of which kind its record is.
+func (r *reader) parts(p *shelved, level int) (step int, kind uint8) {
+	if level <= 1 {
+		return 1, 0
+	}
+	s, segment := piece{data: p.packet, layout: layoutOf(p.packet)}, int(p.head.segment)
+	kind = s.layout.superKind()
+	switch {
+	case !s.layout.matches(p.head) || !s.is(kind, segment):
+		return 1, 0
+	case level >= levelWhole && len(p.packet) <= r.largest:
+		return levelWhole, kind
+	}
+	return max(1, min(level, levelWhole-1, (r.largest-s.layout.headers)/segment)), kind
 }
 
 // passWhole makes a super-packet one message, in its place. Behind other packets
@@ -169,8 +184,12 @@ func (r *reader) slow(p *shelved) bool {
 func mark(p []byte) bool {
 	switch {
 	case len(p) >= ipv4HeaderSize && p[0]>>4 == 4 && p[1]&ecnMask != ecnNone:
+		// By the difference alone (RFC 1624 §3): a header that was damaged
+		// stays so.
+		before := uint64(be16(p))
 		p[1] |= ecnOverran
-		sumIPv4(p[:int(p[0]&15)*4])
+		rest := uint64(^uint16(be16(p[10:]))) + uint64(^uint16(before)) + uint64(be16(p))
+		binary.BigEndian.PutUint16(p[10:], ^fold(rest))
 		return true
 	case len(p) >= ipv6HeaderSize && p[0]>>4 == 6 && p[1]>>4&ecnMask != ecnNone:
 		p[1] |= ecnOverran << 4

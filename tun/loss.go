@@ -10,7 +10,8 @@ import (
 // it moves a window at most.
 const (
 	meterSessions = 4       // sessions of a peer that are watched, the newest
-	meterWindow   = 1024    // counters within which order does not matter
+	meterWindow   = 1024    // counters that may still come
+	meterLate     = 3       // a counter that comes behind so many later ones counts as missing
 	meterJump     = 1 << 16 // a counter so far ahead is no gap but another place
 
 	// counterLimit is where wireguard-go gives a session up.
@@ -28,8 +29,10 @@ const (
 
 // meter counts the messages of one peer that arrived and those that did not,
 // by the counters in their headers: one is missing when it has not come by the
-// time meterWindow later ones, or those of two report intervals, have. The zero
-// value is ready. Safe for concurrent use.
+// time meterWindow later ones, or those of two report intervals, have. One that
+// comes late counts as missing, too: a network that changes the order of
+// datagrams delays nearly all large messages, and TCP takes that for loss. The
+// zero value is ready. Safe for concurrent use.
 type meter struct {
 	mu                sync.Mutex
 	received, missing uint32
@@ -134,12 +137,16 @@ func (w *window) take(c uint64) (received, missing uint32) {
 		missing = w.retire(c - meterWindow + 1)
 	}
 	w.behind = 0
+	late := c+meterLate < w.end
 	w.end = max(w.end, c+1)
 	word, bit := &w.seen[c/64%uint64(len(w.seen))], uint64(1)<<(c%64)
 	if *word&bit != 0 {
 		return 0, missing
 	}
 	*word |= bit
+	if late {
+		return 0, missing + 1
+	}
 	return 1, missing
 }
 

@@ -33,7 +33,8 @@ func TestMeterCounts(t *testing.T) {
 		"begins where it begins": {span(1_000_000, 1_000_009), 10, 0},
 		"gap in the window":      {[]uint64{0, 2}, 2, 0},
 		"gap that left it":       {append([]uint64{0}, span(2, w+1)...), w + 1, 1},
-		"reordered":              {append(append([]uint64{0}, span(2, w)...), 1, w+1), w + 2, 0},
+		"a little out of order":  {[]uint64{0, 2, 3, 4, 1, 5}, 6, 0},
+		"late":                   {append(append([]uint64{0}, span(2, w)...), 1, w+1), w + 1, 1},
 		"too late":               {append(append([]uint64{0}, span(2, w+1)...), 1), w + 1, 1},
 		"before the first":       {[]uint64{5, 4}, 1, 0},
 		"duplicates":             {[]uint64{5, 5, 6, 6, 5}, 2, 0},
@@ -190,11 +191,17 @@ func (o *model) note(c uint64) {
 	case c >= meterWindow:
 		o.retire(c - meterWindow + 1)
 	}
+	late := c+meterLate < o.end
 	o.behind, o.end = 0, max(o.end, c+1)
-	if !o.seen[c] {
-		o.seen[c] = true
+	switch {
+	case o.seen[c]:
+		return
+	case late:
+		o.missing++
+	default:
 		o.received++
 	}
+	o.seen[c] = true
 }
 
 func TestMeterAgainstModel(t *testing.T) {

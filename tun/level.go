@@ -128,7 +128,8 @@ func (l *leveler) judge(now time.Duration) {
 		t.patience = min(t.patience, leastPatience)
 	}
 	if w, to := t.window, l.bears(); w.messages() >= evidenceMessages || now-w.since >= evidenceLongest ||
-		now-w.since >= evidenceTime && (w.messages() >= evidenceFew || to < l.segments()) {
+		now-w.since >= evidenceTime && (w.messages() >= evidenceFew || to < l.segments()) ||
+		to == levelPlain && to < l.segments() { // proven: no time to lose
 		t.window = evidence{since: now}
 		if l.dirty(&w) {
 			t.clean = evidence{since: now}

@@ -11,7 +11,7 @@ import (
 const (
 	meterSessions = 4       // sessions of a peer that are watched, the newest
 	meterWindow   = 1024    // counters that may still come
-	meterLate     = 3       // a counter that comes behind so many later ones counts as missing
+	meterLate     = 3       // a counter that comes behind more later ones counts as missing
 	meterJump     = 1 << 16 // a counter so far ahead is no gap but another place
 
 	// counterLimit is where wireguard-go gives a session up.
@@ -137,7 +137,7 @@ func (w *window) take(c uint64) (received, missing uint32) {
 		missing = w.retire(c - meterWindow + 1)
 	}
 	w.behind = 0
-	late := c+meterLate < w.end
+	late := c+meterLate+1 < w.end
 	w.end = max(w.end, c+1)
 	word, bit := &w.seen[c/64%uint64(len(w.seen))], uint64(1)<<(c%64)
 	if *word&bit != 0 {

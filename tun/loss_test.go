@@ -191,7 +191,7 @@ func (o *model) note(c uint64) {
 	case c >= meterWindow:
 		o.retire(c - meterWindow + 1)
 	}
-	late := c+meterLate < o.end
+	late := c+meterLate+1 < o.end
 	o.behind, o.end = 0, max(o.end, c+1)
 	switch {
 	case o.seen[c]:

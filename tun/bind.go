@@ -68,6 +68,7 @@ type bind struct {
 	inbound *credit // messages received and not yet written to the TUN
 	out     *credit // messages read from the TUN and not yet sent
 	base    time.Time
+	mtu     atomic.Int32            // of the interface, minMTU to Config.MTU
 	open    atomic.Pointer[sockets] // nil: closed
 	trains  sync.Pool               // *train
 	holds   *holds
@@ -85,6 +86,7 @@ var _ conn.Bind = (*bind)(nil)
 // newBind makes a closed bind.
 func newBind(c Config, t *peers) *bind {
 	b := &bind{config: c, peers: t, inbound: newCredit(), out: newCredit(), base: time.Now()}
+	b.mtu.Store(int32(max(c.MTU, minMTU)))
 	b.trains.New = func() any { return newTrain() }
 	b.holds = newHolds(b.transmitHeld)
 	return b
@@ -222,9 +224,7 @@ func (b *bind) setPath(k Key, to netip.AddrPort, from netip.Addr) {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if !b.config.meshed(to.Addr()) {
 		if e := b.peers.path(k, to); e != nil {
-			if b.config.MTU > 0 {
-				e.carries.Store(int32(b.config.MTU) + keepaliveSize)
-			}
+			e.mtu.Store(&b.mtu)
 			e.pin(from)
 		}
 	}

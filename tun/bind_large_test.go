@@ -84,11 +84,16 @@ func TestBindCutsForTheCapable(t *testing.T) {
 	}
 }
 
+// A path in use follows the interface.
 func TestDatagram(t *testing.T) {
 	o := openBind(t, Config{MTU: 1280}, peerOf(keyA, true))
 	at := netip.MustParseAddrPort("192.0.2.1:1")
-	if e := o.path(t, keyA, at).(*endpoint); e.datagram() != 1312 {
+	e := o.path(t, keyA, at).(*endpoint)
+	if e.datagram() != 1312 {
 		t.Errorf("%d bytes", e.datagram())
+	}
+	if o.mtu.Store(600); e.datagram() != 632 {
+		t.Errorf("%d bytes after a change", e.datagram())
 	}
 	if e := newEndpoint(at, nil); e.datagram() != defaultDatagram {
 		t.Errorf("%d bytes of an unknown path", e.datagram())
@@ -148,7 +153,7 @@ func TestSendResumes(t *testing.T) {
 		a, b, toB = largePair(t, Config{}, false)
 		return nil
 	})
-	toB.carries.Store(4000) // more than the link does
+	a.mtu.Store(4000) // more than the link does
 	var out [][]byte
 	for i, n := range []int{1400, 1400, 1400, 9000, 62000, 1400, 100} {
 		out = append(out, dataMessage(3, uint64(i), n))

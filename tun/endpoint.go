@@ -54,9 +54,9 @@ type endpoint struct {
 	peer *peer    // nil: unknown
 	drop bool     // a handle
 
-	source  atomic.Pointer[netip.Addr] // local address; nil: the kernel chooses
-	carries atomic.Int32               // bytes of a datagram; 0: defaultDatagram
-	flat    refusal                    // of segmentation, on this path
+	source atomic.Pointer[netip.Addr]   // local address; nil: the kernel chooses
+	mtu    atomic.Pointer[atomic.Int32] // of the interface, which changes; nil: 1400
+	flat   refusal                      // of segmentation, on this path
 }
 
 // defaultDatagram is what a path is taken to carry, in bytes of UDP payload: a
@@ -65,8 +65,8 @@ const defaultDatagram = 1400 + keepaliveSize
 
 // datagram is the largest datagram of this path, in bytes of UDP payload.
 func (e *endpoint) datagram() int {
-	if n := e.carries.Load(); n > 0 {
-		return int(n)
+	if mtu := e.mtu.Load(); mtu != nil {
+		return int(mtu.Load()) + keepaliveSize
 	}
 	return defaultDatagram
 }

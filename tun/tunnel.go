@@ -70,23 +70,28 @@ func newTunnel(dev wgtun.Device, t *peers, b *bind, c Config) (*tunnel, error) {
 			c.logger().Debug("super-packets stay as large as the kernel likes", "err", err)
 		}
 	}
-	n := own(dev, raw, o, c)
-	n.peers, n.bind = t, b
+	home, err := atHome(dev, raw)
+	if err != nil {
+		return nil, err
+	}
+	n := own(home, raw, o, b)
+	n.peers = t
 	b.reported = n.wakeReport
 	n.bell = b.bells.hang(raw, n.File().SetReadDeadline)
 	return n, nil
 }
 
-// own makes the tunnel, without peers and Bind.
-func own(dev wgtun.Device, raw syscall.RawConn, o offloads, c Config) *tunnel {
+// own makes the tunnel, without peers.
+func own(dev wgtun.Device, raw syscall.RawConn, o offloads, b *bind) *tunnel {
 	n := &tunnel{
 		Device: dev, raw: raw,
+		bind:   b,
 		bell:   &bell{},
 		events: make(chan wgtun.Event, 1),
 		done:   make(chan struct{}),
 	}
-	n.reader.init(n, o, &c)
-	n.writer.init(n, o, &c)
+	n.reader.init(n, o, &b.config)
+	n.writer.init(n, o, &b.config)
 	n.forwarding.Go(n.forward)
 	return n
 }
@@ -116,13 +121,16 @@ func setOffloads(raw syscall.RawConn, off bool) (offloads, error) {
 	return o, errors.Join(e, err)
 }
 
-// forward passes events on, but for link-down. It ends when the device closes
-// its channel.
+// forward passes events on, but for link-down, and follows the MTU before
+// wireguard-go asks for it. It ends when the device closes its channel.
 func (n *tunnel) forward() {
 	defer close(n.events)
 	for e := range n.Device.Events() {
 		if e &^= wgtun.EventDown; e == 0 {
 			continue
+		}
+		if e&wgtun.EventMTUUpdate != 0 {
+			n.follow()
 		}
 		select {
 		case n.events <- e:

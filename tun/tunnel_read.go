@@ -30,7 +30,7 @@ type reader struct {
 	timer    *time.Timer
 	run      func(fd uintptr) bool
 	self     netip.Addr // own overlay IPv4; invalid: no containers
-	mtu      int        // size of a container of small packets
+	mtu      int        // size of a container of small packets, as the Bind last had it
 	largest  int        // size of a super-packet in one message
 
 	head  virtio
@@ -57,7 +57,6 @@ type reader struct {
 
 func (r *reader) init(n *tunnel, o offloads, c *Config) {
 	r.n, r.offloads, r.run = n, o, r.fill
-	r.mtu, r.largest = c.MTU, superSize(c.MTU)
 	r.shelf = newShelf()
 	for _, p := range c.Addrs {
 		if p.Addr().Is4() && !r.self.IsValid() {
@@ -96,6 +95,7 @@ func (r *reader) end() int {
 // credits used up. It reports false when there was nothing.
 func (r *reader) fill(fd uintptr) bool {
 	r.errno = 0
+	r.resize()
 	for {
 		r.now = time.Duration(r.n.bind.now())
 		more := r.drain(fd)
@@ -107,6 +107,13 @@ func (r *reader) fill(fd uintptr) bool {
 			r.n.bell.waiting.Store(r.count == 0)
 			return r.count > 0
 		}
+	}
+}
+
+// resize makes what is read from now on fit the paths.
+func (r *reader) resize() {
+	if mtu := int(r.n.bind.mtu.Load()); mtu != r.mtu {
+		r.mtu, r.largest = mtu, superSize(mtu)
 	}
 }
 

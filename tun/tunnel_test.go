@@ -24,6 +24,7 @@ type fakeTUN struct {
 }
 
 func (f *fakeTUN) File() *os.File             { return f.near }
+func (f *fakeTUN) MTU() (int, error)          { return 1400, nil }
 func (f *fakeTUN) Events() <-chan wgtun.Event { return f.events }
 
 func (f *fakeTUN) Close() error {
@@ -47,8 +48,8 @@ func fakeTunnel(t testing.TB, o offloads, c Config) (*tunnel, *fakeTUN) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := own(f, raw, o, c)
-	n.peers, n.bind = table, newBind(c, table)
+	n := own(f, raw, o, newBind(c, table))
+	n.peers = table
 	t.Cleanup(func() { _ = n.Close() })
 	return n, f
 }

@@ -90,6 +90,7 @@ func (e *endpoints) write(p punch.Path) (first bool) {
 	old, had := e.path(p.Peer)
 	var err error
 	if p.Addr.IsValid() {
+		e.dev.SetRoundTrip(tun.Key(p.Peer), p.RTT)
 		err = e.dev.SetEndpoint(tun.Key(p.Peer), p.Addr, p.Local)
 	} else {
 		err = e.dev.ClearEndpoint(tun.Key(p.Peer))

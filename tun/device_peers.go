@@ -136,6 +136,14 @@ func (d *Device) SetEndpoint(k Key, to netip.AddrPort, from netip.Addr) error {
 	})
 }
 
+// SetRoundTrip says how long a round trip on the path of a peer takes. A flow to
+// a peer of whom it is not known is never told that its packets wait.
+func (d *Device) SetRoundTrip(k Key, trip time.Duration) {
+	if p := d.peers.byKey(k); p != nil {
+		p.trip.Store(int64(trip))
+	}
+}
+
 // ClearEndpoint gives the peer a handle for an endpoint: its packets are dropped
 // until SetEndpoint, and nothing is sent to keep it open.
 func (d *Device) ClearEndpoint(k Key) error {

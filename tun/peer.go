@@ -27,6 +27,8 @@ type peer struct {
 	pathed   atomic.Bool // the endpoint last made is a path, not a handle
 	large    atomic.Bool // takes large messages, and this side may send them
 
+	trip atomic.Int64 // round trip of the path, ns; 0: not known
+
 	inner4 atomic.Pointer[netip.Addr] // its overlay IPv4, for containers; nil: none
 	level  leveler                    // size of messages to it
 	meter  meter                      // losses of messages from it

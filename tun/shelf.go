@@ -13,8 +13,9 @@ const (
 	shelfSlots    = batchSize / 2         // packets; the other buffers are for what is made of them
 	shelfQueues   = 64                    // flows told apart
 	shelfQuantum  = 16 << 10              // bytes a flow may send before it is another's turn
-	shelfTarget   = time.Millisecond      // what packets of a flow may wait
-	shelfInterval = 20 * time.Millisecond // for how long they may wait longer, and the shortest time between signals
+	shelfTarget   = time.Millisecond      // what packets of a flow may wait, or a round trip
+	shelfInterval = 20 * time.Millisecond // for how long they may wait longer, or shelfTrips round trips;
+	shelfTrips    = 20                    // also the shortest time between signals
 	noSlot        = -1
 )
 
@@ -153,18 +154,20 @@ func (s *shelf) take(i int, leaves bool) {
 // renew frees the slots whose buffers left.
 func (s *shelf) renew() { s.free, s.left = s.free|s.left, 0 }
 
-// late reports whether the packet should tell its flow to slow down. A flow of
-// one packet has no queue, however long that waits.
-func (s *shelf) late(i int, now time.Duration) bool {
+// late reports whether the packet should tell its flow, to where a round trip
+// takes so long, to slow down: far away the answer takes its time, and so does
+// getting fast again. A flow of one packet has no queue, however long that waits.
+func (s *shelf) late(i int, now, trip time.Duration) bool {
 	p := &s.slots[i]
 	q := &s.queues[p.queue]
+	interval := max(shelfInterval, shelfTrips*trip)
 	switch {
-	case now-p.at < shelfTarget || p.next == noSlot:
+	case now-p.at < max(shelfTarget, trip) || p.next == noSlot:
 		q.slow = 0
 	case q.slow == 0:
-		q.slow = now + shelfInterval
+		q.slow = now + interval
 	case now >= q.slow:
-		q.slow = now + shelfInterval
+		q.slow = now + interval
 		return true
 	}
 	return false

@@ -127,28 +127,31 @@ func TestShelfKeepsOrder(t *testing.T) {
 
 // A queue that stays is told of once an interval, a short or a passing one never.
 func TestShelfLate(t *testing.T) {
-	s := newShelf()
-	signals := 0
+	var s *shelf
 	now := time.Duration(0)
-	for i := range 2 {
-		s.put(s.vacant(), numbered(1, i, 60000), virtio{}, now)
-	}
-	for n := 2; now < time.Second; n++ { // each waits for 2 ms
-		now += time.Millisecond
-		if s.late(s.turn(), now) {
-			signals++
+	for trip, want := range map[time.Duration]int{time.Millisecond: 49, 2 * time.Millisecond: 24, 3 * time.Millisecond: 0} {
+		s = newShelf()
+		begin, signals := now, 0
+		for i := range 2 {
+			s.put(s.vacant(), numbered(1, i, 60000), virtio{}, now)
 		}
-		s.pull(false)
-		s.put(s.vacant(), numbered(1, n, 60000), virtio{}, now)
-	}
-	if signals < 40 || signals > 50 {
-		t.Errorf("%d signals in a second", signals)
+		for n := 2; now-begin < time.Second; n++ { // each waits for 2 ms
+			now += time.Millisecond
+			if s.late(s.turn(), now, trip) {
+				signals++
+			}
+			s.pull(false)
+			s.put(s.vacant(), numbered(1, n, 60000), virtio{}, now)
+		}
+		if signals < want-1 || signals > want+1 {
+			t.Errorf("%d signals in a second at %v, want %d", signals, trip, want)
+		}
 	}
 	for n := range 1000 { // a queue of one, however late
 		s = newShelf()
 		s.put(s.vacant(), numbered(1, n, 60000), virtio{}, now)
 		now += 100 * time.Millisecond
-		if s.late(s.turn(), now) {
+		if s.late(s.turn(), now, time.Millisecond) {
 			t.Fatal("told of a queue of one packet")
 		}
 	}

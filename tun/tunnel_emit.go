@@ -3,6 +3,7 @@ package tun
 import (
 	"encoding/binary"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -21,11 +22,14 @@ func (r *reader) emit() {
 // pass passes the packet on whose turn it is, or a part of it.
 func (r *reader) pass(i int) {
 	p := &r.shelf.slots[i]
-	if p.cut.left() == 0 && r.shelf.late(i, r.now) && !r.slow(p) {
-		r.shelf.take(i, false)
-		return
-	}
 	to := r.route(p.packet)
+	if to != nil && p.cut.left() == 0 {
+		trip := time.Duration(to.trip.Load())
+		if trip > 0 && r.shelf.late(i, r.now, trip) && !r.slow(p) {
+			r.shelf.take(i, false)
+			return
+		}
+	}
 	addr, able := r.takes(to)
 	switch {
 	case p.head.kind != kindNone:

@@ -50,7 +50,7 @@ func (s *session) readCache() (c cache, ok bool) {
 	return c, ok
 }
 
-// tend writes the netmap down when it changed, and what was dropped into the
+// tend writes the netmap down when it changed, hands round trips on, and what was dropped into the
 // log.
 func (s *session) tend(ctx context.Context) error {
 	save, tell := time.NewTicker(cacheEvery), time.NewTicker(dropsEvery)
@@ -63,6 +63,7 @@ func (s *session) tend(ctx context.Context) error {
 			return nil
 		case <-save.C:
 			s.saveCache()
+			s.endpoints.measure(s.agent)
 		case <-tell.C:
 			told = logDrops(s.log, told, s.dev.Load().Drops())
 		}

@@ -3,6 +3,8 @@ package overlay
 import (
 	"context"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -55,6 +57,18 @@ func (e *endpoints) path(k punch.Key) (punch.Path, bool) {
 	defer e.mu.Unlock()
 	p, ok := e.current[k]
 	return p, ok
+}
+
+// measure hands on how long round trips take now.
+func (e *endpoints) measure(a *punch.Agent) {
+	e.mu.Lock()
+	keys := slices.Collect(maps.Keys(e.current))
+	e.mu.Unlock()
+	for _, k := range keys {
+		if p, ok := a.Path(k); ok {
+			e.dev.SetRoundTrip(tun.Key(k), p.RTT)
+		}
+	}
 }
 
 func (e *endpoints) run(ctx context.Context) error {

@@ -37,15 +37,17 @@ const (
 	// the round trip, and what the peer waits for late ones (meter.due).
 	levelQuiet = 500 * time.Millisecond
 
-	firstPatience = time.Second // of clean evidence before the first rise
+	firstPatience = 400 * time.Millisecond // of clean evidence before a rise, until the first fall
 	leastPatience = 10 * time.Second
 	mostPatience  = 5 * time.Minute
 )
 
 // leveler chooses how many segments a message to one peer has, from the losses
-// the peer reports. The zero value starts at levelSome. Safe for concurrent use.
+// the peer reports. The zero value starts at levelPlain, so that TCP's slow start
+// is not spoiled on a bad path, and soon rises on a good one. Safe for concurrent
+// use.
 type leveler struct {
-	now atomic.Int32 // 0: levelSome
+	now atomic.Int32 // 0: levelPlain
 
 	mu sync.Mutex
 	track
@@ -93,7 +95,7 @@ func (l *leveler) segments() int {
 	if n := l.now.Load(); n != 0 {
 		return int(n)
 	}
-	return levelSome
+	return levelPlain
 }
 
 // report takes the peer's counters of messages, both cumulative and modulo

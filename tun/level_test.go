@@ -29,7 +29,7 @@ type line struct {
 func newLine(rate int, loss float64) *line {
 	return &line{
 		random: rand.New(rand.NewPCG(3, uint64(rate))), rate: rate, loss: loss, rtt: 100 * time.Millisecond,
-		last: levelSome, at: make(map[int]time.Duration),
+		last: levelPlain, at: make(map[int]time.Duration),
 	}
 }
 
@@ -74,21 +74,21 @@ func TestLevelSettles(t *testing.T) {
 		whole float64 // share of the time at levelWhole, at most
 		plain float64 // and at levelPlain
 	}{
-		{20_000, 0, levelWhole, 0.99, 1, 1, 0},
+		{20_000, 0, levelWhole, 0.99, 2, 1, 0.01},
 		{20_000, 0.0001, levelSome, 0.9, 12, 0.02, 0.05},
-		{20_000, 0.0005, levelSome, 0.99, 0, 0, 0},
-		{20_000, 0.001, levelSome, 0.99, 0, 0, 0}, // 0.4 % of the messages
+		{20_000, 0.0005, levelSome, 0.97, 5, 0.01, 0.03},
+		{20_000, 0.001, levelSome, 0.99, 1, 0, 0.01}, // 0.4 % of the messages
 		{20_000, 0.005, levelPlain, 0.99, 1, 0, 1},
 		{20_000, 0.01, levelPlain, 0.99, 1, 0, 1},
-		{100, 0, levelWhole, 0.99, 1, 1, 0},
+		{100, 0, levelWhole, 0.99, 2, 1, 0.01},
 		{1000, 0.0001, levelSome, 0.9, 16, 0.1, 0.05},
-		{1000, 0.001, levelSome, 0.9, 5, 0.01, 0.1},
+		{1000, 0.001, levelSome, 0.9, 7, 0.01, 0.1},
 		{1000, 0.005, levelPlain, 0.98, 5, 0, 1},
 		{100, 0.0001, levelSome, 0.8, 18, 0.2, 0.1},
 		{100, 0.0005, levelSome, 0.7, 14, 0.02, 0.3},
 		{100, 0.001, levelSome, 0.7, 14, 0.02, 0.3},
-		{100, 0.005, levelPlain, 0.98, 5, 0, 1},
-		{100, 0.01, levelPlain, 0.99, 1, 0, 1},
+		{100, 0.005, levelPlain, 0.98, 7, 0, 1},
+		{100, 0.01, levelPlain, 0.99, 5, 0, 1},
 	} {
 		t.Run(fmt.Sprintf("%d/s %g%%", c.rate, c.loss*100), func(t *testing.T) {
 			l := newLine(c.rate, c.loss)
@@ -118,6 +118,7 @@ func (l *line) expect(t *testing.T, level int, least, most time.Duration) {
 func TestLevelPatience(t *testing.T) {
 	const slack = evidenceTime + levelQuiet + time.Second
 	l := newLine(5000, 0)
+	l.expect(t, levelSome, firstPatience, firstPatience+slack)
 	l.expect(t, levelWhole, firstPatience, firstPatience+slack)
 	l.loss = 0.0005 // of a whole message over 2 %
 	l.expect(t, levelPlain, 0, slack)
@@ -143,6 +144,7 @@ func TestLevelPatience(t *testing.T) {
 // Two falls after one rise are one mistake.
 func TestLevelFallsTwice(t *testing.T) {
 	l := newLine(20_000, 0)
+	l.expect(t, levelSome, 0, 4*time.Second)
 	l.expect(t, levelWhole, 0, 4*time.Second)
 	l.loss = 0.01
 	l.expect(t, levelPlain, 0, 4*time.Second)
@@ -161,11 +163,12 @@ func TestLevelFallsTwice(t *testing.T) {
 // count there.
 func TestLevelFallsToSome(t *testing.T) {
 	l := newLine(20_000, 0)
+	l.expect(t, levelSome, 0, 4*time.Second)
 	l.expect(t, levelWhole, 0, 4*time.Second)
 	l.loss = 0.00006 // 0.27 % of whole messages, 0.024 % of some
 	l.expect(t, levelSome, 0, 4*time.Second)
 	l.run(8 * time.Second)
-	if l.segments() != levelSome || l.moves != 2 {
+	if l.segments() != levelSome || l.moves != 3 {
 		t.Fatalf("level %d after %d moves", l.segments(), l.moves)
 	}
 }
@@ -183,11 +186,11 @@ func TestLevelNeedsEvidence(t *testing.T) {
 		do   func(l *line)
 		want int
 	}{
-		"nothing":      {func(*line) {}, levelSome},
-		"one report":   {func(l *line) { l.report(1<<20, 1<<19, time.Hour) }, levelSome},
-		"few messages": {func(l *line) { l.feed(0, 2*time.Second, 19) }, levelSome},
-		"enough":       {func(l *line) { l.feed(0, 2*time.Second, 40) }, levelWhole},
-		"too short":    {func(l *line) { l.feed(0, firstPatience-1, 1000) }, levelSome},
+		"nothing":      {func(*line) {}, levelPlain},
+		"one report":   {func(l *line) { l.report(1<<20, 1<<19, time.Hour) }, levelPlain},
+		"few messages": {func(l *line) { l.feed(0, 2*time.Second, 19) }, levelPlain},
+		"enough":       {func(l *line) { l.feed(0, 2*time.Second, 40) }, levelSome},
+		"too short":    {func(l *line) { l.feed(0, firstPatience-1, 1000) }, levelPlain},
 		"counters go round": {func(l *line) {
 			l.received, l.missing = 1<<32-1000, 1<<32-1
 			l.feed(0, 2*time.Second, 300)
@@ -196,12 +199,12 @@ func TestLevelNeedsEvidence(t *testing.T) {
 			l.feed(0, 0, 1)
 			l.missing++
 			l.feed(reportInterval, evidenceTime, 20)
-		}, levelSome},
+		}, levelPlain},
 		"two missing": {func(l *line) {
 			l.feed(0, 0, 1)
 			l.missing += 2
 			l.feed(reportInterval, evidenceTime, 20)
-		}, levelSome},
+		}, levelPlain},
 		"many missing": {func(l *line) {
 			l.feed(0, 0, 1)
 			l.missing += 6
@@ -216,10 +219,10 @@ func TestLevelNeedsEvidence(t *testing.T) {
 		}, levelPlain},
 		"peer restarts": {func(l *line) {
 			l.received, l.missing = 5000, 10
-			l.feed(0, 800*time.Millisecond, 100)
+			l.feed(0, 200*time.Millisecond, 190)
 			l.received, l.missing = 0, 0
-			l.feed(time.Second, 1800*time.Millisecond, 100)
-		}, levelSome},
+			l.feed(400*time.Millisecond, 600*time.Millisecond, 190)
+		}, levelPlain},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newLine(0, 0)
@@ -260,10 +263,10 @@ func TestLevelReset(t *testing.T) {
 	l.expect(t, levelPlain, 0, 4*time.Second)
 	l.run(200 * time.Millisecond)
 	l.reset()
-	l.last, l.loss, l.rtt = levelSome, 0, 0
-	if l.segments() != levelSome {
+	l.last, l.loss, l.rtt = levelPlain, 0, 0
+	if l.segments() != levelPlain {
 		t.Fatalf("level %d", l.segments())
 	}
 	l.missing += 1000
-	l.expect(t, levelWhole, firstPatience, firstPatience+levelQuiet+2*reportInterval)
+	l.expect(t, levelSome, firstPatience, firstPatience+levelQuiet+2*reportInterval)
 }

@@ -50,8 +50,8 @@ func (s *session) readCache() (c cache, ok bool) {
 	return c, ok
 }
 
-// tend writes the netmap down when it changed, hands round trips on, and what was dropped into the
-// log.
+// tend writes the netmap down when it changed, hands round trips on, and logs
+// what was dropped.
 func (s *session) tend(ctx context.Context) error {
 	save, tell := time.NewTicker(cacheEvery), time.NewTicker(dropsEvery)
 	defer save.Stop()

@@ -125,13 +125,13 @@ func TestSegmentationComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	send(21, true)
-	a.base = a.base.Add(-refusalTime)
+	toB.flat.until.Add(-int64(refusalTime))
 	send(31, false)
 	s.flat.note(a.now())
 	if a.segments(toB, s) {
 		t.Error("the device refused, and trains go on")
 	}
-	a.base = a.base.Add(-refusalTime)
+	s.flat.until.Add(-int64(refusalTime))
 	if !a.segments(toB, s) {
 		t.Error("the device refused for ever")
 	}

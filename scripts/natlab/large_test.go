@@ -19,8 +19,16 @@ func TestLargeMessages(t *testing.T) {
 			"iifname %s ip saddr %s meta l4proto udp @th,64,8 & 0xf0 == 0x80", n.home.port, n.home.WAN()))
 	}
 	size := int64(runs(16, 128)) << 20
-	transfer(t, a.Host, b.Host, b.addr, size)
-	transfer(t, b.Host, a.Host, a.addr, size)
+	// A path begins with plain messages and soon carries large ones.
+	rises := func() {
+		t.Helper()
+		before := [2]int{cut[0](), cut[1]()}
+		for end := time.Now().Add(30 * time.Second); time.Now().Before(end) && (cut[0]() == before[0] || cut[1]() == before[1]); {
+			transfer(t, a.Host, b.Host, b.addr, size)
+			transfer(t, b.Host, a.Host, a.addr, size)
+		}
+	}
+	rises()
 	pingFor(t, a, b, time.Second)
 	for i, n := range []*member{a, b} {
 		if cut[i]() == 0 {
@@ -39,8 +47,12 @@ func TestLargeMessages(t *testing.T) {
 		// The peer learns it from the record, which comes with the netmap.
 		time.Sleep(time.Second)
 		before := [2]int{cut[0](), cut[1]()}
-		transfer(t, a.Host, b.Host, b.addr, size)
-		transfer(t, b.Host, a.Host, a.addr, size)
+		if step.large {
+			rises()
+		} else {
+			transfer(t, a.Host, b.Host, b.addr, size)
+			transfer(t, b.Host, a.Host, a.addr, size)
+		}
 		for i, n := range []*member{a, b} {
 			if got := cut[i]() - before[i]; (got > 0) != step.large {
 				t.Errorf("%d fragments from %s after up %v, which says large: %v", got, n.nodeName, step.args, step.large)

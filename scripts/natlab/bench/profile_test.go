@@ -34,8 +34,10 @@ func TestReadProfile(t *testing.T) {
 		t.Fatal(err)
 	}
 	var all, here int64
+	raced := false // the race detector's own functions have no callers
 	for _, s := range stacks {
 		all += s.nanos
+		raced = raced || len(s.frames) > 0 && strings.HasPrefix(s.frames[0].function, "__tsan")
 		for _, f := range s.frames {
 			if strings.HasSuffix(f.function, ".checksum") && strings.HasSuffix(f.file, "ping.go") {
 				here += s.nanos
@@ -43,7 +45,7 @@ func TestReadProfile(t *testing.T) {
 			}
 		}
 	}
-	if all == 0 || float64(here) < 0.5*float64(all) {
+	if all == 0 || here == 0 || !raced && float64(here) < 0.5*float64(all) {
 		t.Errorf("%d of %d ns were found in checksum", here, all)
 	}
 	name := filepath.Join(t.TempDir(), "a.pprof")
@@ -51,7 +53,7 @@ func TestReadProfile(t *testing.T) {
 		t.Fatal(err)
 	}
 	s, err := sharesOf(name)
-	if err != nil || s.all <= 0 || !strings.HasSuffix(s.top()[0], "checksum") && !strings.Contains(s.top()[0], "Uint16") {
+	if err != nil || s.all <= 0 || !raced && !strings.HasSuffix(s.top()[0], "checksum") && !strings.Contains(s.top()[0], "Uint16") {
 		t.Errorf("%+v, %v", s, err)
 	}
 }

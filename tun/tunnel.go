@@ -50,7 +50,7 @@ type offloads struct {
 
 // dropped counts packets that were not passed on.
 type dropped struct {
-	contained atomic.Uint64 // read from the kernel, or written without leave, with the protocol of containers
+	contained atomic.Uint64 // read from the kernel, with the protocol of containers
 	forged    atomic.Uint64 // received in a container, with a source that is not the peer's
 	broken    atomic.Uint64 // containers with a record that is not valid
 }
@@ -150,9 +150,7 @@ func (n *tunnel) Close() error {
 	var err error
 	n.once.Do(func() {
 		close(n.done)
-		if n.bind != nil {
-			n.bind.bells.take(n.bell)
-		}
+		n.bind.bells.take(n.bell)
 		n.procs.close()
 		err = n.Device.Close()
 		n.forwarding.Wait()

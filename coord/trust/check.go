@@ -191,6 +191,21 @@ func (r Record) check() error {
 			return fmt.Errorf("candidate %d is listed twice", i)
 		}
 	}
+	return checkRelays(r.Relays)
+}
+
+func checkRelays(relays []RelayTrip) error {
+	if len(relays) > MaxRelays {
+		return fmt.Errorf("%d relays, at most %d", len(relays), MaxRelays)
+	}
+	for i, t := range relays {
+		if err := CanonicalKey(t.Relay); err != nil {
+			return fmt.Errorf("relay %d: %w", i, err)
+		}
+		if slices.ContainsFunc(relays[:i], func(o RelayTrip) bool { return o.Relay == t.Relay }) {
+			return fmt.Errorf("relay %d is listed twice", i)
+		}
+	}
 	return nil
 }
 

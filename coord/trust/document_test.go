@@ -164,6 +164,13 @@ func badRecords() map[string]message {
 				r.Candidates = append(r.Candidates, Endpoint{netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), i+1), 1})
 			}
 		}),
+		"record: relay twice":     record(func(r *Record) { r.Relays = []RelayTrip{{Key{9}, 1}, {Key{9}, 2}} }),
+		"record: relay of no key": record(func(r *Record) { r.Relays = make([]RelayTrip, 1) }),
+		"record: too many relays": record(func(r *Record) {
+			for i := range uint8(MaxRelays + 1) {
+				r.Relays = append(r.Relays, RelayTrip{Key{9, i}, 1})
+			}
+		}),
 	}
 }
 
@@ -338,6 +345,9 @@ func TestRoundTrip(t *testing.T) {
 		}
 		if len(r.Candidates) == 0 {
 			r.Candidates = nil
+		}
+		for i := range rapid.Uint8Max(MaxRelays).Draw(rt, "relays") {
+			r.Relays = append(r.Relays, RelayTrip{Key{9, i}, rapid.Uint16().Draw(rt, "trip")})
 		}
 		d, err = SignRecord(r, signer)
 		check(rt, r, d, err, OpenRecord)

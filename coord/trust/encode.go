@@ -109,6 +109,14 @@ func (r Record) appendTo(b []byte) []byte {
 		b = binary.BigEndian.AppendUint16(b, e.Addr.Port())
 		b = append(b, e.Type)
 	}
+	if len(r.Relays) == 0 {
+		return b // as before there were relays
+	}
+	b = append(b, uint8(len(r.Relays)))
+	for _, t := range r.Relays {
+		b = append(b, t.Relay[:]...)
+		b = binary.BigEndian.AppendUint16(b, t.Trip)
+	}
 	return b
 }
 
@@ -264,6 +272,9 @@ func readRecord(r *reader) (rec Record) {
 	r.fill(rec.Nonce[:])
 	rec.Capabilities = r.uint32()
 	rec.Candidates = list(r, func() Endpoint { return readEndpoint(r) })
+	if len(r.b) > 0 {
+		rec.Relays = list(r, func() RelayTrip { return RelayTrip{Relay: r.bytes32(), Trip: r.uint16()} })
+	}
 	return rec
 }
 

@@ -238,6 +238,8 @@ func keepsToInvite(n member) error {
 		return fmt.Errorf("%w on %s", ErrExpired, c.NotAfter.Format(time.RFC3339))
 	case c.Name != "" && n.cert.Name != c.Name:
 		return fmt.Errorf("the invite is for the name %q", c.Name)
+	case n.cert.Role == RoleRelay && !slices.Contains(c.Tags, RelayTag):
+		return fmt.Errorf("the invite has no tag %q, so it admits no relay", RelayTag)
 	}
 	for _, tag := range n.cert.Tags {
 		if !slices.Contains(n.invite.Tags, tag) {

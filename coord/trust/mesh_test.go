@@ -152,6 +152,7 @@ func TestAdmitRefuses(t *testing.T) {
 			text:   "by another invite",
 		},
 		"name not the forced": {change: func(j *join) { j.cap.Name, j.cap.Uses = "carl", 1 }, text: `for the name "carl"`},
+		"relay without tag":   {change: func(j *join) { j.cert.Role = RoleRelay }, text: `no tag "relay"`},
 		"tag not given":       {change: func(j *join) { j.cert.Tags = []string{"admin"} }, text: `tag "admin"`},
 		"IPv6 of another":     {change: func(j *join) { j.cert.IP6 = j.cert.IP6.Next() }, text: "not derived"},
 		"IPv4 outside":        {change: func(j *join) { j.cert.IP4 = netip.MustParseAddr("100.65.0.1") }, text: "no address"},
@@ -179,7 +180,10 @@ func TestAdmit(t *testing.T) {
 		"forced name":  func(j *join) { j.cap.Name, j.cap.Uses = j.cert.Name, 1 },
 		"all tags":     func(j *join) { j.cert.Tags = []string{"db", "web"} },
 		"no tags":      func(j *join) { j.cert.Tags = nil },
-		"relay":        func(j *join) { j.cert.Role = RoleRelay },
+		"relay":        func(j *join) { j.cap.Tags, j.cert.Tags, j.cert.Role = []string{RelayTag}, nil, RoleRelay },
+		"node by a relay's invite": func(j *join) {
+			j.cap.Tags, j.cert.Tags = []string{RelayTag}, []string{RelayTag}
+		},
 		"last address": func(j *join) { j.cert.IP4 = netip.MustParseAddr("100.64.255.254") },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -132,9 +132,20 @@ type Role uint8
 
 // The roles.
 const (
-	RoleNode Role = iota + 1
-	RoleRelay
+	RoleNode  Role = iota + 1
+	RoleRelay      // forwards for nodes, is no WireGuard peer
 )
+
+// String is the role's name.
+func (r Role) String() string {
+	switch r {
+	case RoleNode:
+		return "node"
+	case RoleRelay:
+		return "relay"
+	}
+	return "unknown"
+}
 
 // NodeCert binds a device to its WireGuard key, name and addresses. It carries
 // two signatures: by I, then by D.
@@ -170,20 +181,35 @@ type Revocation struct {
 	From   time.Time
 }
 
+// RelayTag is the tag of an invite that admits relays. A node certificate with
+// RoleRelay counts only under such an invite.
+const RelayTag = "relay"
+
 // Record is what a device says of its present self. The highest serial counts.
+// The list of relays is left out when it is empty.
 //
-//	+--------+--------+-------+--------------+-----------------------------------+
-//	| device | serial | nonce | capabilities | list of candidates:               |
-//	|   32   |   8    |  16   |      4       | family (1: 4 or 6), address (4 or |
-//	|        |        |       |              | 16), port (2), type (1)           |
-//	+--------+--------+-------+--------------+-----------------------------------+
+//	+--------+--------+-------+--------------+-----------------------------------+- - - - - - - - +
+//	| device | serial | nonce | capabilities | list of candidates:               | list of relays:|
+//	|   32   |   8    |  16   |      4       | family (1: 4 or 6), address (4 or | relay (32),    |
+//	|        |        |       |              | 16), port (2), type (1)           | trip (2)       |
+//	+--------+--------+-------+--------------+-----------------------------------+- - - - - - - - +
 type Record struct {
 	Device       Key
 	Serial       uint64 // milliseconds since 1970 when it was signed
 	Nonce        [16]byte
 	Capabilities uint32
-	Candidates   []Endpoint // no two alike; at most MaxEndpoints
+	Candidates   []Endpoint  // no two alike; at most MaxEndpoints
+	Relays       []RelayTrip // that the device keeps a link to, the first its home; at most MaxRelays
 }
+
+// RelayTrip is how far a device is from a relay it keeps a link to.
+type RelayTrip struct {
+	Relay Key    // the relay's X25519 public key; named once in a Record
+	Trip  uint16 // round trip in milliseconds; 65535 is that or more
+}
+
+// MaxRelays is how many relays a Record may name; more are refused whole.
+const MaxRelays = 8
 
 // MaxEndpoints is how many endpoints a Record may have; more are refused whole.
 const MaxEndpoints = 16

@@ -58,6 +58,19 @@ func TestLayout(t *testing.T) {
 	}
 }
 
+// TestLayoutOfRelays: a record's relays follow what a record without them is.
+func TestLayoutOfRelays(t *testing.T) {
+	r := testRecord()
+	before := encode(r)
+	relay := Key{9, 8, 7}
+	r.Relays = []RelayTrip{{relay, 0x0102}}
+	want := slices.Concat(before, []byte{1}, relay[:], []byte{1, 2})
+	want[5] += 1 + 32 + 2 // the length of the body
+	if got := encode(r); !slices.Equal(got, want) {
+		t.Errorf("record\n got %x\nwant %x", got, want)
+	}
+}
+
 // TestCountersigned looks at what Open returns beside the certificate.
 func TestCountersigned(t *testing.T) {
 	docs := documents(t)

@@ -237,8 +237,8 @@ func fold(sum uint32) uint16 {
 	return uint16(sum)
 }
 
-// DelayLine is a delay line put into a lab that was made without one. Its
-// methods may be used from several goroutines.
+// DelayLine is a delay line put into a lab that is there already. Its methods
+// may be used from several goroutines.
 type DelayLine struct {
 	line  *delayLine
 	stop  context.CancelFunc
@@ -250,19 +250,11 @@ type DelayLine struct {
 // negative); Close ends the line and must come before that of the lab. The
 // context bounds the starting only.
 func (l *Lab) StartLine(ctx context.Context, line Line) (*DelayLine, error) {
-	var tun *os.File
-	err := l.core.inside(func() (err error) {
-		tun, err = openTUN(delayDevice)
-		return err
-	})
+	d, err := l.startLine(ctx, delayDevice, line)
 	if err != nil {
 		return nil, err
 	}
-	running, stop := context.WithCancel(context.WithoutCancel(ctx))
-	d := &DelayLine{line: newDelayLine(0, 0), stop: stop}
-	d.Set(line)
-	d.group.Go(func() error { return d.line.run(running, tun) })
-	s := delaySetup()
+	s := lineSetup(delayDevice, delayTable)
 	l.mu.Lock()
 	ports := l.ports
 	l.mu.Unlock()
@@ -285,12 +277,30 @@ func (d *DelayLine) Close() error {
 	return d.group.Wait()
 }
 
-func delaySetup() script {
+// lineSetup makes what is routed by a table cross the line of a device.
+func lineSetup(device string, table int) script {
 	var s script
-	s.sysctl("net/ipv4/conf/"+delayDevice+"/rp_filter", 0)
-	s.add("ip link set %s txqueuelen 10000 up", delayDevice)
-	s.add("ip route add default dev %s table %d", delayDevice, delayTable)
+	s.sysctl("net/ipv4/conf/"+device+"/rp_filter", 0)
+	s.add("ip link set %s txqueuelen 10000 up", device)
+	s.add("ip route add default dev %s table %d", device, table)
 	return s
+}
+
+// startLine runs a delay line on a device of its own.
+func (l *Lab) startLine(ctx context.Context, device string, line Line) (*DelayLine, error) {
+	var tun *os.File
+	err := l.core.inside(func() (err error) {
+		tun, err = openTUN(device)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	running, stop := context.WithCancel(context.WithoutCancel(ctx))
+	d := &DelayLine{line: newDelayLine(0, 0), stop: stop}
+	d.Set(line)
+	d.group.Go(func() error { return d.line.run(running, tun) })
+	return d, nil
 }
 
 // openTUN creates a TUN device in the calling thread's network namespace.

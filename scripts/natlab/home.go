@@ -27,6 +27,8 @@ type Home struct {
 	nat  NAT
 	lan  netip.Prefix
 	port string
+	// proxy runs where the home has one.
+	proxy *Process
 
 	mu      sync.Mutex
 	wan     netip.Addr
@@ -57,6 +59,11 @@ func (l *Lab) Home(ctx context.Context, name string, nat NAT) (*Home, error) {
 	h.wan = netip.AddrFrom4([4]byte{203, 0, 113, byte(index)})
 	if err := h.setUp(ctx, rules); err != nil {
 		return nil, fmt.Errorf("add home %s: %w", name, err)
+	}
+	if nat.proxied() {
+		if err := h.startProxy(ctx); err != nil {
+			return nil, fmt.Errorf("add home %s: %w", name, err)
+		}
 	}
 	return h, nil
 }

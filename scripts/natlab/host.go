@@ -80,18 +80,29 @@ func (h *Host) Start(ctx context.Context, stdout io.Writer, name string, args ..
 	if stdout != nil {
 		p.cmd.Stdout = stdout
 	}
-	if err := p.cmd.Start(); err != nil {
+	if err := h.lab.watch(p); err != nil {
 		return nil, fmt.Errorf("start %s on %s: %w", name, h.name, err)
 	}
-	h.lab.group.Go(func() error {
+	return p, nil
+}
+
+// watch starts a process and waits for it until the lab is closed.
+func (l *Lab) watch(p *Process) error {
+	if err := p.cmd.Start(); err != nil {
+		return err
+	}
+	l.group.Go(func() error {
 		defer close(p.done)
 		// How a background program ends is told by its log; most are
 		// killed.
 		p.cmd.Wait()
 		return nil
 	})
-	return p, nil
+	return nil
 }
+
+// PID is the number of the process.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
 
 // Kill ends the process with SIGKILL and waits until it is gone.
 func (p *Process) Kill() error {

@@ -64,6 +64,7 @@ type Lab struct {
 	group errgroup.Group
 	stop  context.CancelFunc
 	keys  clientKey
+	cuts  cuts
 
 	build     sync.Once
 	buildErr  error
@@ -75,6 +76,7 @@ type Lab struct {
 	ports   int
 	homes   int
 	servers int
+	legs    int
 }
 
 // New builds an empty Internet: a core router with its delay line. It first
@@ -165,7 +167,7 @@ func (l *Lab) startDelay(ctx, running context.Context) error {
 	}
 	line := newDelayLine(l.opts.Delay, l.opts.Loss)
 	l.group.Go(func() error { return line.run(running, tun) })
-	return l.core.sh(ctx, delaySetup())
+	return l.core.sh(ctx, lineSetup(delayDevice, delayTable))
 }
 
 // Close ends every process of the lab, removes its namespaces with all
@@ -213,7 +215,8 @@ func (l *Lab) Server(ctx context.Context, name string) (*Host, error) {
 	}
 	h.addr = netip.AddrFrom4([4]byte{198, 51, 100, byte(index)})
 	h.gateway = gateway()
-	if err := l.attach(ctx, h.node, wire{l.nextPort(), "eth0", h.addr}); err != nil {
+	h.port = l.nextPort()
+	if err := l.attach(ctx, h.node, wire{h.port, "eth0", h.addr}); err != nil {
 		return nil, fmt.Errorf("add server %s: %w", name, err)
 	}
 	return h, nil

@@ -19,7 +19,21 @@ const (
 	// reaches the router itself, takes the port there, and the laptop's
 	// own packet to that peer leaves from another port.
 	OpenInput NAT = "open-input"
+
+	// UDPBlocked is Masquerade that passes no UDP on, without a word.
+	UDPBlocked NAT = "udp-blocked"
+	// Only443 passes nothing on but TCP to port 443 and its answers.
+	Only443 NAT = "only-443"
+	// ProxyOnly passes nothing on. Its router runs an HTTP proxy for the LAN
+	// (RFC 9110 section 9.3.6), which connects to port 443 only; see
+	// Home.Proxy.
+	ProxyOnly NAT = "proxy-only"
+	// ProxyAuth is ProxyOnly whose proxy wants a user and a password.
+	ProxyAuth NAT = "proxy-auth"
 )
+
+// proxied says that the home's router runs a proxy.
+func (n NAT) proxied() bool { return n == ProxyOnly || n == ProxyAuth }
 
 const (
 	postMasquerade = `chain post { type nat hook postrouting priority srcnat; oifname "wan" masquerade; }`
@@ -35,6 +49,12 @@ chain post { type nat hook postrouting priority srcnat;
 	dropForward = `chain fw { type filter hook forward priority 0; iifname "wan" ct state established,related accept; iifname "wan" drop; }`
 
 	mappedForward = `chain fw { type filter hook forward priority 0; iifname "wan" ct state established,related accept; iifname "wan" ct status dnat accept; iifname "wan" drop; }`
+
+	noUDPForward = `chain fw { type filter hook forward priority 0; meta l4proto udp drop; iifname "wan" ct state established,related accept; iifname "wan" drop; }`
+
+	only443Forward = `chain fw { type filter hook forward priority 0; policy drop; iifname "wan" ct state established accept; oifname "wan" tcp dport 443 accept; }`
+
+	noForward = `chain fw { type filter hook forward priority 0; policy drop; }`
 )
 
 // natRules is what a router's kind is made of: chains of the nat table and
@@ -47,6 +67,10 @@ func (n NAT) rules() (string, error) {
 		Masquerade: {postMasquerade, dropInput, dropForward},
 		FullCone:   {preFullCone, dropInput, mappedForward},
 		OpenInput:  {postMasquerade, "", dropForward},
+		UDPBlocked: {postMasquerade, dropInput, noUDPForward},
+		Only443:    {postMasquerade, dropInput, only443Forward},
+		ProxyOnly:  {"", dropInput, noForward},
+		ProxyAuth:  {"", dropInput, noForward},
 	}[n]
 	if !ok {
 		return "", fmt.Errorf("no kind of NAT is called %q", string(n))

@@ -88,8 +88,17 @@ type race struct {
 	a, b *member
 }
 
-// again takes both nodes down and up, the second after the first by skew.
+// again takes both nodes down and up, the second after the first by skew, and
+// has them meet.
 func (r *race) again(skew time.Duration, run int) {
+	r.t.Helper()
+	r.restart(skew)
+	r.meet(run)
+}
+
+// restart takes both nodes down and up; their routers forget everything in
+// between.
+func (r *race) restart(skew time.Duration) {
 	r.t.Helper()
 	ctx := r.t.Context()
 	if err := both(r.a, r.b, func(n *member) error { return n.down(ctx) }); err != nil {
@@ -105,7 +114,6 @@ func (r *race) again(skew time.Duration, run int) {
 	if err := g.Wait(); err != nil {
 		r.t.Fatal(err)
 	}
-	r.meet(run)
 }
 
 // rejoin has the second laptop leave the mesh and join it anew.

@@ -39,6 +39,7 @@ type mesh struct {
 	coord   *Process
 	owner   string
 	members []*member
+	relays  map[string]*relayHost // by name
 }
 
 // member is a laptop that is a node of the mesh.
@@ -82,6 +83,9 @@ func (m *mesh) explain(t *testing.T) {
 		return
 	}
 	t.Logf("log of the server:\n%s", m.coord.tail())
+	for name, r := range m.relays {
+		t.Logf("log of relay %s:\n%s", name, r.process.tail())
+	}
 	for _, n := range m.members {
 		if pid, err := n.daemonPID(); err == nil {
 			unix.Kill(pid, unix.SIGQUIT)
@@ -118,7 +122,11 @@ func (m *mesh) join(t *testing.T, h *Host) *member {
 		n.invite = m.members[0].newInvite(t)
 	}
 	m.members = append(m.members, n)
-	if err := n.up(t.Context(), n.invite); err != nil {
+	args := []string{n.invite}
+	if h.home != nil && h.home.nat == ProxyAuth {
+		args = []string{"--proxy", h.home.Proxy().String(), n.invite}
+	}
+	if err := n.up(t.Context(), args...); err != nil {
 		t.Fatal(err)
 	}
 	st := n.status(t)
@@ -173,6 +181,9 @@ func (n *member) run(ctx context.Context, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, commandWait)
 	defer cancel()
 	cmd := n.Overlay(ctx, args...)
+	if n.home != nil && n.home.nat == ProxyOnly {
+		cmd.Env = append(cmd.Env, "HTTPS_PROXY="+n.home.Proxy().String())
+	}
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

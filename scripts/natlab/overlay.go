@@ -97,6 +97,14 @@ func (h *Host) StartCoord(ctx context.Context, args ...string) (*Process, string
 	}
 }
 
+// StartRelay runs `overlay relay --public ADDRESS` and the given arguments, the
+// first time an invite for a relay, in the background. It does not wait: nodes
+// learn of a relay from their server.
+func (h *Host) StartRelay(ctx context.Context, args ...string) (*Process, error) {
+	args = append([]string{"relay", "--public", h.Addr().String()}, args...)
+	return h.Start(context.WithoutCancel(ctx), nil, programName, args...)
+}
+
 // firstLine is a writer that hands over the first line written to it.
 type firstLine struct {
 	found chan string
@@ -126,9 +134,20 @@ func (f *firstLine) Write(p []byte) (int, error) {
 
 // Status is what `overlay status --json` prints.
 type Status struct {
-	Schema int          `json:"schema"`
-	Self   StatusNode   `json:"self"`
-	Peers  []StatusPeer `json:"peers"`
+	Schema int           `json:"schema"`
+	Self   StatusNode    `json:"self"`
+	Peers  []StatusPeer  `json:"peers"`
+	Relays []StatusRelay `json:"relays"`
+}
+
+// StatusRelay is a relay the node knows: transport is udp, tls or empty, which
+// is not connected.
+type StatusRelay struct {
+	Name      string   `json:"name"`
+	Transport string   `json:"transport"`
+	RTTms     *float64 `json:"rttMs"`
+	Home      bool     `json:"home"`
+	Trouble   string   `json:"trouble"`
 }
 
 // StatusNode is a node in Status.
@@ -152,11 +171,14 @@ type StatusPeer struct {
 	LastHandshake *time.Time `json:"lastHandshake"`
 }
 
-// StatusPath says how packets reach a peer: kind is direct, relay or none.
+// StatusPath says how packets reach a peer: kind is direct, relay or none;
+// reason, for people, says why it is not direct.
 type StatusPath struct {
 	Kind     string `json:"kind"`
 	Endpoint string `json:"endpoint"`
 	Via      string `json:"via"`
+	Relay    string `json:"relay"`
+	Reason   string `json:"reason"`
 }
 
 // Status asks the host's node.

@@ -14,7 +14,8 @@ const statusText = `{"schema":1,"self":{"name":"a","ipv4":"100.90.0.1","ipv6":"f
 "path":{"kind":"direct","endpoint":"203.0.113.2:4500","via":"srflx"},
 "rttMs":40.5,"rxBytes":10,"txBytes":20,"segments":4,"lastHandshake":"2026-01-02T03:04:05Z","new":1},
 {"name":"c","ipv4":"100.90.0.3","ipv6":"fd00::3","publicKey":"THIRD","online":false,
-"path":{"kind":"none","endpoint":"","via":""},"rttMs":null,"rxBytes":0,"txBytes":0,"lastHandshake":null}]}`
+"path":{"kind":"relay","endpoint":"","via":"relay-tls","relay":"r1","reason":"no UDP"},"rttMs":null,"rxBytes":0,"txBytes":0,"lastHandshake":null}],
+"relays":[{"name":"r1","transport":"tls","rttMs":30.5,"home":true},{"name":"r2","transport":"","rttMs":null,"home":false,"trouble":"refused"}]}`
 
 func TestParseStatus(t *testing.T) {
 	got, err := parseStatus([]byte(statusText))
@@ -24,7 +25,7 @@ func TestParseStatus(t *testing.T) {
 	handshake := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	want := StatusPeer{
 		StatusNode: StatusNode{"b", netip.MustParseAddr("100.90.0.2"), netip.MustParseAddr("fd00::2"), "OTHER", true},
-		Path:       StatusPath{"direct", "203.0.113.2:4500", "srflx"},
+		Path:       StatusPath{Kind: "direct", Endpoint: "203.0.113.2:4500", Via: "srflx"},
 		RTTms:      40.5, RxBytes: 10, TxBytes: 20, Segments: 4, LastHandshake: &handshake,
 	}
 	peer, err := got.Peer("b")
@@ -36,6 +37,15 @@ func TestParseStatus(t *testing.T) {
 	}
 	if peer, err := got.Peer("c"); err != nil || peer.RTTms != 0 || peer.LastHandshake != nil {
 		t.Errorf("peer c: %+v, %v", peer, err)
+	}
+	relayed := StatusPath{Kind: "relay", Via: "relay-tls", Relay: "r1", Reason: "no UDP"}
+	if peer, err := got.Peer("c"); err != nil || peer.Path != relayed {
+		t.Errorf("peer c: %+v, %v", peer, err)
+	}
+	trip := 30.5
+	relays := []StatusRelay{{"r1", "tls", &trip, true, ""}, {"r2", "", nil, false, "refused"}}
+	if diff := cmp.Diff(relays, got.Relays); diff != "" {
+		t.Errorf("relays (-want +got):\n%s", diff)
 	}
 	if _, err := got.Peer("d"); err == nil {
 		t.Error("peer d exists")

@@ -35,6 +35,7 @@ type Conn struct {
 	in     *meter
 	br     *bufio.Reader
 	server string
+	proxy  string // host:port; empty: none
 	hosts  []netip.Addr
 	pin    trust.Hash
 
@@ -59,12 +60,25 @@ func (c *Conn) Pin() trust.Hash { return c.pin }
 // Server is the host:port that was dialled.
 func (c *Conn) Server() string { return c.server }
 
+// Proxied says whether the connection goes through a proxy. LocalAddr and
+// RemoteAddr are then those of the connection to the proxy.
+func (c *Conn) Proxied() bool { return c.proxy != "" }
+
 // RemoteAddr is the server's address.
 func (c *Conn) RemoteAddr() netip.AddrPort { return addrPort(c.tls.RemoteAddr()) }
 
+// where says for people what was reached.
+func (c *Conn) where() string {
+	if c.Proxied() {
+		return fmt.Sprintf("%s (through the proxy %s)", c.server, c.proxy)
+	}
+	return fmt.Sprintf("%s (%s)", c.server, c.RemoteAddr().Addr())
+}
+
 // Hosts are the server's addresses whose STUN ports to ask: the one of this
 // connection, and one of the other family when the server's name has it, because
-// a node wants to know its outside address in both.
+// a node wants to know its outside address in both. Through a proxy they are
+// what this machine found the name to be by then, one of each family, or none.
 func (c *Conn) Hosts() []netip.Addr { return c.hosts }
 
 // LocalAddr is this end of the connection.
@@ -182,8 +196,6 @@ func printable(s string) string {
 		return -1
 	}, s)
 }
-
-var errUpgraded = errors.New("the connection has become a stream")
 
 // meter reads from the connection no more than it was granted.
 type meter struct {

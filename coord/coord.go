@@ -14,6 +14,7 @@
 //	GET  /v1/invites                                      InviteList
 //	GET  /v1/nodes                                        NodeList
 //	GET  /v1/stream      Upgrade: overlay                 frames, see Event
+//	GET  /v1/relay       Upgrade: overlay-relay           datagrams, see punch/relay
 //
 // Bodies are JSON, strict and capped. Failures carry an Error. The header
 // Overlay-Protocol carries Version both ways; beyond one version of difference
@@ -58,6 +59,15 @@ const (
 const (
 	ExporterJoin = "EXPORTER-overlay-join" // salt and context of the proofs
 	ExporterSTUN = "EXPORTER-overlay-stun" // key of MESSAGE-INTEGRITY
+	// ExporterRelay binds a node's admission to its connection to a relay: the
+	// first 16 bytes stand in for the cookie.
+	ExporterRelay = "EXPORTER-overlay-relay"
+)
+
+// A connection to a relay: a GET of RelayPath with Upgrade: RelayProtocol.
+const (
+	RelayPath     = "/v1/relay"
+	RelayProtocol = "overlay-relay"
 )
 
 // Hello is what the server tells anybody who connects. Genesis and State are
@@ -111,6 +121,7 @@ type JoinRequest struct {
 	WireGuard trust.Key `json:"wireguard"`
 	Name      string    `json:"name"`
 	Exact     bool      `json:"exact"`
+	Role      string    `json:"role,omitempty"` // "relay"; empty: a node
 	Proofs    Proofs    `json:"proofs"`
 }
 
@@ -173,6 +184,7 @@ type NodeInfo struct {
 	WireGuard trust.Key  `json:"publicKey"`
 	Device    trust.Key  `json:"device"`
 	Tags      []string   `json:"tags,omitempty"`
+	Role      string     `json:"role"` // node, relay
 	Online    bool       `json:"online"`
 	LastSeen  time.Time  `json:"lastSeen,omitzero"`
 	Joined    time.Time  `json:"joined"`
@@ -206,6 +218,15 @@ type Welcome struct {
 	// node connected to.
 	STUN []uint16  `json:"stun"`
 	Time time.Time `json:"time"`
+	// Relay is the server's own relay; nil when it has none.
+	Relay *Relay `json:"relay,omitempty"`
+}
+
+// Relay is the relay inside the server. It is reached over UDP on the addresses
+// of the server, and over TLS by RelayPath of the server itself.
+type Relay struct {
+	Key   []byte   `json:"key"` // X25519 public key
+	Ports []uint16 `json:"ports"`
 }
 
 // Netmap is the mesh, or what changed of it. In a whole Netmap all members but
@@ -267,6 +288,7 @@ const (
 	CodeNoAddress       Code = "no_address"       // 507: the prefix is full
 	CodeNotMember       Code = "not_member"       // 403
 	CodeNotSigner       Code = "not_signer"       // 403
+	CodeNotRelay        Code = "not_relay"        // 403: the invite admits no relay
 	CodeRevoked         Code = "revoked"          // 403
 	CodeRateLimited     Code = "rate_limited"     // 429, with Retry-After
 	CodeVersion         Code = "version"          // 426

@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"net/url"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -45,6 +47,11 @@ type Dialer struct {
 	// the device shows itself. Nil accepts any: the caller then checks
 	// Conn.Pin before it sends anything.
 	Verify func(pin trust.Hash) error
+	// Proxy is an HTTP proxy, http://[user:password@]host[:port], that is asked
+	// with CONNECT for a way to the server by the server's name. It is tried
+	// first, the direct way a moment later, and the first to succeed is taken.
+	// Nil: no proxy.
+	Proxy *url.URL
 	// Log gets failed attempts at Debug; nil drops them.
 	Log *slog.Logger
 
@@ -57,6 +64,9 @@ type Dialer struct {
 func (d *Dialer) Dial(ctx context.Context) (*Conn, error) {
 	cert, err := deviceCertificate(d.Device)
 	if err != nil {
+		return nil, err
+	}
+	if err := checkProxy(d.Proxy); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, DialTimeout)
@@ -86,51 +96,128 @@ func (d *Dialer) log() *slog.Logger {
 type target struct {
 	server string // host:port
 	host   string
+	port   uint16
 	cert   tls.Certificate
+	found  *search
 }
 
-// server tries all addresses of one server within its share of the time left.
+// server tries all ways to one server within its share of the time left.
 func (d *Dialer) server(ctx context.Context, t target, shares int) (*Conn, error) {
 	deadline, _ := ctx.Deadline()
 	ctx, cancel := context.WithTimeout(ctx, time.Until(deadline)/time.Duration(shares))
-	defer cancel()
-	addrs, err := d.resolve(ctx, &t)
-	if err != nil {
+	if err := t.split(ctx); err != nil {
+		cancel()
 		return nil, &ReachError{Stage: StageDNS, Server: t.server, Err: err}
 	}
-	conn, err := d.race(ctx, t, addrs)
-	if err != nil {
-		return nil, err
+	t.found = d.search(ctx, t)
+	defer t.found.end(cancel)
+	won := d.ways(ctx, t)
+	if won.err != nil {
+		return nil, won.err
 	}
-	c := newConn(conn, t.server)
-	c.hosts = hosts(c.RemoteAddr().Addr(), addrs)
+	c := newConn(won.conn, t.server)
+	c.proxy = won.proxy
+	if c.Proxied() {
+		c.hosts = hosts(netip.Addr{}, t.found.sofar())
+	} else {
+		c.hosts = hosts(c.RemoteAddr().Addr(), t.found.sofar())
+	}
 	return c, nil
 }
 
-// hosts is the address in use and, when the name has one, an address of the
-// other family.
+// ways goes to the server by the proxy if there is one, and directly.
+func (d *Dialer) ways(ctx context.Context, t target) outcome {
+	if d.Proxy == nil {
+		return d.direct(ctx, t)
+	}
+	return race(ctx, []attempt{
+		func(ctx context.Context) outcome { return d.proxied(ctx, t) },
+		func(ctx context.Context) outcome { return d.direct(ctx, t) },
+	})
+}
+
+// hosts is the address in use, if any, and of every other family the first
+// address that the name has.
 func hosts(used netip.Addr, all []netip.AddrPort) []netip.Addr {
-	list := []netip.Addr{used}
+	var list []netip.Addr
+	if used.IsValid() {
+		list = append(list, used)
+	}
 	for _, a := range all {
-		if a.Addr().Is4() != used.Is4() {
-			return append(list, a.Addr())
+		same := func(h netip.Addr) bool { return h.Is4() == a.Addr().Is4() }
+		if !slices.ContainsFunc(list, same) {
+			list = append(list, a.Addr())
 		}
 	}
 	return list
 }
 
-// resolve gives the addresses of t and sets t.host.
-func (d *Dialer) resolve(ctx context.Context, t *target) ([]netip.AddrPort, error) {
+// split sets host and port.
+func (t *target) split(ctx context.Context) error {
 	host, service, err := net.SplitHostPort(t.server)
 	if err != nil {
-		return nil, fmt.Errorf("%q is not host:port", t.server)
+		return fmt.Errorf("%q is not host:port", t.server)
 	}
 	port, err := net.DefaultResolver.LookupPort(ctx, "tcp", service)
 	if err != nil {
-		return nil, fmt.Errorf("%q is not a port", service)
+		return fmt.Errorf("%q is not a port", service)
 	}
-	t.host = host
+	t.host, t.port = host, uint16(port)
+	return nil
+}
+
+// search is the look-up of a server's addresses, which goes on beside an
+// attempt by a proxy: that one does not need it.
+type search struct {
+	group sync.WaitGroup
+	done  chan struct{}
+	addrs []netip.AddrPort // once done
+	err   error
+}
+
+func (d *Dialer) search(ctx context.Context, t target) *search {
+	s := &search{done: make(chan struct{})}
+	find := func() {
+		s.addrs, s.err = d.resolve(ctx, t.host, t.port)
+		close(s.done)
+	}
+	if _, err := netip.ParseAddr(t.host); err == nil {
+		find()
+	} else {
+		s.group.Go(find)
+	}
+	return s
+}
+
+// wait gives what was found.
+func (s *search) wait(ctx context.Context) ([]netip.AddrPort, error) {
+	select {
+	case <-s.done:
+		return s.addrs, s.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// sofar gives what is found already.
+func (s *search) sofar() []netip.AddrPort {
+	select {
+	case <-s.done:
+		return s.addrs
+	default:
+		return nil
+	}
+}
+
+func (s *search) end(cancel context.CancelFunc) {
+	cancel()
+	s.group.Wait()
+}
+
+// resolve gives the addresses of a host.
+func (d *Dialer) resolve(ctx context.Context, host string, port uint16) ([]netip.AddrPort, error) {
 	addrs := make([]netip.Addr, 1)
+	var err error
 	if addrs[0], err = netip.ParseAddr(host); err != nil {
 		if addrs, err = d.lookupHost(ctx, host); err != nil {
 			return nil, err
@@ -138,7 +225,7 @@ func (d *Dialer) resolve(ctx context.Context, t *target) ([]netip.AddrPort, erro
 	}
 	all := make([]netip.AddrPort, 0, maxAddresses)
 	for _, a := range alternate(addrs)[:min(len(addrs), maxAddresses)] {
-		all = append(all, netip.AddrPortFrom(a.Unmap(), uint16(port)))
+		all = append(all, netip.AddrPortFrom(a.Unmap(), port))
 	}
 	return all, nil
 }
@@ -173,25 +260,29 @@ func alternate(addrs []netip.Addr) []netip.Addr {
 	return out
 }
 
+// attempt is one way to a server.
+type attempt func(context.Context) outcome
+
 // outcome is the end of one attempt.
 type outcome struct {
-	conn *tls.Conn
-	err  error
+	conn  *tls.Conn
+	proxy string // host:port of the proxy that leads to the server; empty: none
+	err   error
 }
 
-// race gives the first address that completes TLS. All attempts have ended
-// when it returns.
-func (d *Dialer) race(ctx context.Context, t target, addrs []netip.AddrPort) (*tls.Conn, error) {
+// race gives the first attempt that completes TLS; each has a head start on the
+// next. All have ended when it returns.
+func race(ctx context.Context, attempts []attempt) outcome {
 	ctx, cancel := context.WithCancel(ctx)
-	outcomes := make(chan outcome, len(addrs))
-	var attempts sync.WaitGroup
-	won := outcome{err: &ReachError{Stage: StageDNS, Server: t.server, Err: errNoAddress}}
+	outcomes := make(chan outcome, len(attempts))
+	var running sync.WaitGroup
+	won := outcome{err: errNoAddress}
 	started, ended := 0, 0
-	for won.conn == nil && ended < len(addrs) {
+	for won.conn == nil && ended < len(attempts) {
 		var next <-chan time.Time
-		if started < len(addrs) {
-			addr := addrs[started]
-			attempts.Go(func() { outcomes <- d.attempt(ctx, t, addr) })
+		if started < len(attempts) {
+			try := attempts[started]
+			running.Go(func() { outcomes <- try(ctx) })
 			started++
 			next = time.After(headStart)
 		}
@@ -199,35 +290,57 @@ func (d *Dialer) race(ctx context.Context, t target, addrs []netip.AddrPort) (*t
 		case <-next:
 		case o := <-outcomes:
 			ended++
-			if o.err == nil || rank(o.err) > rank(won.err) {
+			if o.err == nil || ended == 1 || rank(o.err) > rank(won.err) {
 				won = o
 			}
 		}
 	}
 	cancel()
-	attempts.Wait()
+	running.Wait()
 	close(outcomes)
 	for late := range outcomes {
 		if late.conn != nil {
 			_ = late.conn.NetConn().Close()
 		}
 	}
+	return won
+}
+
+// direct tries the addresses of the server side by side.
+func (d *Dialer) direct(ctx context.Context, t target) outcome {
+	addrs, err := t.found.wait(ctx)
+	if err == nil && len(addrs) == 0 {
+		err = errNoAddress
+	}
+	if err != nil {
+		return outcome{err: &ReachError{Stage: StageDNS, Server: t.server, Err: err}}
+	}
+	attempts := make([]attempt, len(addrs))
+	for i, addr := range addrs {
+		attempts[i] = func(ctx context.Context) outcome { return d.address(ctx, t, addr) }
+	}
+	won := race(ctx, attempts)
 	if failed, ok := errors.AsType[*ReachError](won.err); ok {
 		failed.Tried = addrs
 	}
-	return won.conn, won.err
+	return won
 }
 
-// attempt does TCP and TLS with one address.
-func (d *Dialer) attempt(ctx context.Context, t target, addr netip.AddrPort) outcome {
+// address does TCP and TLS with one address.
+func (d *Dialer) address(ctx context.Context, t target, addr netip.AddrPort) outcome {
 	ctx, cancel := context.WithTimeout(ctx, addressTimeout)
 	defer cancel()
 	raw, err := d.dialTCP(ctx, addr)
 	if err != nil {
 		return outcome{err: &ReachError{Stage: StageTCP, Server: t.server, Err: err}}
 	}
+	return d.secure(ctx, t, raw)
+}
+
+// secure does TLS on a connection that leads to the server.
+func (d *Dialer) secure(ctx context.Context, t target, raw net.Conn) outcome {
 	conn := tls.Client(raw, d.config(t))
-	err = conn.HandshakeContext(ctx)
+	err := conn.HandshakeContext(ctx)
 	if err == nil {
 		return outcome{conn: conn}
 	}

@@ -26,7 +26,7 @@ const defaultMesh = "home"
 // follows from what is saved and from the Plan, which the State repeats once
 // the mesh exists, so a repeat after a lost answer hands in the same bytes.
 func (j *joiner) own(ctx context.Context, conn *Conn, hello Hello) (Membership, error) {
-	j.progress("server", fmt.Sprintf("%s (%s)", j.server, conn.RemoteAddr().Addr()))
+	j.progress("server", conn.where())
 	plan, err := planOf(hello)
 	if err != nil {
 		return Membership{}, err

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"net/url"
 	"slices"
 	"time"
 
@@ -28,6 +29,10 @@ type JoinConfig struct {
 	Name      string   // see trust.ValidName
 	Exact     bool     // no other name will do
 	Server    string   // host:port instead of the invite's, or empty
+	Proxy     *url.URL // see Dialer.Proxy
+	// Role is what the device becomes; zero: a node. A relay needs an invite
+	// with the tag trust.RelayTag.
+	Role trust.Role
 	// Date is the date of what this device signs; zero: the server's.
 	Date time.Time
 
@@ -92,6 +97,12 @@ func newJoiner(c JoinConfig, progress func(step, detail string)) (*joiner, error
 	if err := trust.ValidName(c.Name); err != nil {
 		return nil, err
 	}
+	if c.Role == 0 {
+		c.Role = trust.RoleNode
+	}
+	if c.Role == trust.RoleRelay && c.Invite.Kind == InviteOwner {
+		return nil, notForRelay()
+	}
 	j := &joiner{JoinConfig: c, progress: progress, server: c.Invite.Server}
 	if c.Server != "" {
 		j.server = c.Server
@@ -118,7 +129,7 @@ func newJoiner(c JoinConfig, progress func(step, detail string)) (*joiner, error
 
 // once connects and goes through the whole exchange, which is safe to repeat.
 func (j *joiner) once(ctx context.Context) (Membership, error) {
-	d := Dialer{Servers: []string{j.server}, Device: j.Device, Log: j.Log}
+	d := Dialer{Servers: []string{j.server}, Device: j.Device, Proxy: j.Proxy, Log: j.Log}
 	if j.Invite.Kind == InviteOwner {
 		d.Verify = j.verifyOwner
 	}
@@ -151,14 +162,18 @@ func (j *joiner) redeem(ctx context.Context, conn *Conn, hello Hello) (Membershi
 	if err != nil {
 		return Membership{}, err
 	}
-	j.progress("server", fmt.Sprintf("%s (%s)", j.server, conn.RemoteAddr().Addr()))
+	j.progress("server", conn.where())
 	proofs, err := conn.Prove(hello, j.Invite.Key(), j.Device, j.WireGuard)
 	if err != nil {
 		return Membership{}, err
 	}
-	reply, err := conn.Join(ctx, JoinRequest{
+	wish := JoinRequest{
 		Invite: publicKey(j.Invite.Key()), WireGuard: j.w, Name: j.Name, Exact: j.Exact, Proofs: proofs,
-	})
+	}
+	if j.Role != trust.RoleNode {
+		wish.Role = j.Role.String()
+	}
+	reply, err := conn.Join(ctx, wish)
 	if err != nil {
 		return Membership{}, err
 	}
@@ -215,7 +230,14 @@ func (j *joiner) verifyReply(reply JoinReply) (trust.InviteCap, error) {
 	if j.Exact && reply.Name != j.Name {
 		return trust.InviteCap{}, fmt.Errorf("%w: it gives the name %q for %q", ErrMesh, reply.Name, j.Name)
 	}
+	if j.Role == trust.RoleRelay && !slices.Contains(granted.Tags, trust.RelayTag) {
+		return trust.InviteCap{}, notForRelay()
+	}
 	return granted, nil
+}
+
+func notForRelay() error {
+	return &Error{Code: CodeNotRelay, Message: "this invite does not admit a relay", Hint: "make one with: overlay invite --tag " + trust.RelayTag}
 }
 
 // certificate is what every first certificate of this device says.
@@ -226,7 +248,7 @@ func (j *joiner) certificate(hello Hello) trust.NodeCert {
 	}
 	return trust.NodeCert{
 		Invite: publicKey(j.Invite.Key()), Device: publicKey(j.Device), WireGuard: j.w,
-		Role: trust.RoleNode, Serial: 1, IssuedAt: date.UTC().Truncate(time.Second),
+		Role: j.Role, Serial: 1, IssuedAt: date.UTC().Truncate(time.Second),
 	}
 }
 
@@ -240,6 +262,12 @@ func (j *joiner) finish(m Membership, mesh *trust.Mesh, ours trust.NodeCert) (Me
 	}
 	if cert.Device != ours.Device || cert.WireGuard != ours.WireGuard {
 		return Membership{}, fmt.Errorf("%w: it answers with the certificate of another device", ErrMesh)
+	}
+	if cert.Role != ours.Role {
+		return Membership{}, &Error{
+			Code: CodeBadRequest, Message: fmt.Sprintf("this device is already a member as a %s", cert.Role),
+			Hint: "to be both, use another --state DIR",
+		}
 	}
 	m.Servers = append([]string{j.server}, mesh.State().Servers...)
 	m.Servers = slices.DeleteFunc(m.Servers, func(s string) bool { return s == j.server })

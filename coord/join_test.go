@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -36,6 +37,7 @@ type meshServer struct {
 	lose     int            // answers to /v1/own and /v1/cert to lose
 	busy     int            // requests to /v1/join to put off
 	kept     trust.Document // the owner's certificate
+	role     string         // asked for
 	granted  trust.Document
 	name     string // given instead of the one asked for
 	countKey ed25519.PrivateKey
@@ -107,6 +109,7 @@ func (s *meshServer) join(w http.ResponseWriter, r *http.Request, x []byte, d tr
 	if err := s.proven(q.Proofs, q.Invite, x, d, q.WireGuard); err != nil {
 		s.t.Error(err)
 	}
+	s.role = q.Role
 	if s.busy > 0 {
 		s.busy--
 		w.Header().Set("Retry-After", "1")
@@ -199,15 +202,66 @@ func founded(t *testing.T) (*meshServer, JoinConfig) {
 	}
 	invite := memberInvite(t, addr)
 	invite.Hash = owner.TrustHash
+	s.grant(invite, "laptop")
+	s.reached = false
+	return s, JoinConfig{Invite: invite, Device: testKey("bob"), WireGuard: testWireGuard("bob"), Name: "bob"}
+}
+
+// grant makes the capability of an invite.
+func (s *meshServer) grant(invite Invite, tags ...string) {
+	s.t.Helper()
+	var err error
 	s.granted, err = trust.SignInviteCap(trust.InviteCap{
-		Invite: publicKey(invite.Key()), Signer: publicKey(testKey("signer")), Uses: 1, Tags: []string{"laptop"},
+		Invite: publicKey(invite.Key()), Signer: publicKey(testKey("signer")), Uses: 1, Tags: tags,
 		NotBefore: someDate().Add(-time.Hour), NotAfter: someDate().Add(time.Hour),
 	}, testKey("signer"))
 	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// A relay is admitted by an invite that says so, and by no other: the device
+// signs nothing then.
+func TestJoinAsRelay(t *testing.T) {
+	s, c := founded(t)
+	c.Role = trust.RoleRelay
+	_, err := Join(t.Context(), c, nil)
+	e, ok := errors.AsType[*Error](err)
+	if !ok || e.Code != CodeNotRelay || e.Message != "this invite does not admit a relay" || e.Hint != "make one with: overlay invite --tag relay" {
+		t.Errorf("without the tag: %v", err)
+	}
+	s.grant(c.Invite, "laptop", trust.RelayTag)
+	m, err := Join(t.Context(), c, nil)
+	if err != nil {
 		t.Fatal(err)
 	}
-	s.reached = false
-	return s, JoinConfig{Invite: invite, Device: testKey("bob"), WireGuard: testWireGuard("bob"), Name: "bob"}
+	if cert := certOf(t, m); cert.Role != trust.RoleRelay || s.role != "relay" {
+		t.Errorf("asked for %q, role %v", s.role, cert.Role)
+	}
+	c.Role = 0
+	if m, err = Join(t.Context(), c, nil); err != nil || certOf(t, m).Role != trust.RoleNode || s.role != "" {
+		t.Errorf("a node by that invite: asked for %q, %v", s.role, err)
+	}
+	owner := ownerConfig(t, c.Invite.Server)
+	owner.Role = trust.RoleRelay
+	if _, err = Join(t.Context(), owner, nil); err == nil {
+		t.Error("a relay owns the mesh")
+	}
+}
+
+// Through a proxy a device joins a server whose name only the proxy knows.
+func TestJoinThroughProxy(t *testing.T) {
+	_, c := founded(t)
+	p := &proxy{t: t, login: "bob:secret", names: map[string]string{"vpn.invalid:443": c.Invite.Server}}
+	c.Server, c.Proxy = "vpn.invalid:443", p.start()
+	c.Proxy.User = url.UserPassword("bob", "secret")
+	var said []string
+	if _, err := Join(t.Context(), c, func(step, detail string) { said = append(said, step+" "+detail) }); err != nil {
+		t.Fatal(err)
+	}
+	if want := "server vpn.invalid:443 (through the proxy " + c.Proxy.Host + ")"; !slices.Contains(said, want) {
+		t.Errorf("%q, want %q", said, want)
+	}
 }
 
 // certOf verifies a membership as a peer does.

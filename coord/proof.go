@@ -42,10 +42,9 @@ func WireGuardProof(shared, x []byte, challenge [32]byte, d, w trust.Key) []byte
 // Prove makes the proofs that let device and the WireGuard private key join
 // with invite. They are worth nothing on another connection.
 func (c *Conn) Prove(h Hello, invite, device ed25519.PrivateKey, wireguard [32]byte) (Proofs, error) {
-	state := c.tls.ConnectionState()
-	x, err := state.ExportKeyingMaterial(ExporterJoin, nil, exporterSize)
+	x, err := c.Export(ExporterJoin)
 	if err != nil {
-		return Proofs{}, fmt.Errorf("export key of the connection: %w", err)
+		return Proofs{}, err
 	}
 	return prove(x, h.Challenge, keys{invite, device, wireguard})
 }

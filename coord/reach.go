@@ -19,9 +19,10 @@ import (
 
 // The stages of reaching a server, in order.
 const (
-	StageDNS = "dns"
-	StageTCP = "tcp"
-	StageTLS = "tls"
+	StageDNS   = "dns"
+	StageTCP   = "tcp"
+	StageTLS   = "tls"
+	StageProxy = "proxy" // before TLS, instead of the two others
 )
 
 var errNoAddress = errors.New("the name has no address")
@@ -29,9 +30,11 @@ var errNoAddress = errors.New("the name has no address")
 // ReachError says that no address of a server could be reached, and how far
 // the best attempt came.
 type ReachError struct {
-	Stage  string // StageDNS, StageTCP or StageTLS
-	Server string // host:port
-	Tried  []netip.AddrPort
+	Stage  string           // one of the Stage constants
+	Server string           // host:port
+	Proxy  string           // host:port of the proxy of that attempt; empty: none
+	Status int              // what the proxy answered (RFC 9110 section 15), 407: it wants other credentials; 0: nothing
+	Tried  []netip.AddrPort // of the server
 	Err    error
 }
 
@@ -41,6 +44,8 @@ func (e *ReachError) Error() string {
 	host, _, _ := net.SplitHostPort(e.Server)
 	_, literal := netip.ParseAddr(host)
 	switch {
+	case e.Stage == StageTLS && e.Proxy != "":
+		return fmt.Sprintf("%s (through the proxy %s)", text, e.Proxy)
 	case e.Stage == StageDNS || len(e.Tried) == 0:
 		return text
 	case literal == nil:
@@ -62,14 +67,20 @@ func (e *ReachError) reason() string {
 		return dnsReason(e.Server, e.Err)
 	case StageTLS:
 		return tlsReason(e.Err)
+	case StageProxy:
+		return proxyReason(e)
 	}
-	if timedOut(e.Err) {
+	return networkReason(e.Err)
+}
+
+func networkReason(err error) string {
+	if timedOut(err) {
 		return "connection timed out"
 	}
-	if errno, ok := errors.AsType[syscall.Errno](e.Err); ok {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		return errno.Error()
 	}
-	return e.Err.Error()
+	return err.Error()
 }
 
 func dnsReason(server string, err error) string {
@@ -134,13 +145,13 @@ func (e *PinError) Unwrap() error { return e.Err }
 func shortHash(h trust.Hash) string { return hex.EncodeToString(h[:4]) + ".." }
 
 // rank orders failures by how much they say: the further an attempt came, the
-// more, and a wrong key is an alarm.
+// more; who names a proxy needs it; and a wrong key is an alarm.
 func rank(err error) int {
 	if _, ok := errors.AsType[*PinError](err); ok {
-		return 3
+		return 4
 	}
 	if failed, ok := errors.AsType[*ReachError](err); ok {
-		return map[string]int{StageTCP: 1, StageTLS: 2}[failed.Stage]
+		return map[string]int{StageTCP: 1, StageTLS: 2, StageProxy: 3}[failed.Stage]
 	}
 	return 0
 }

@@ -5,9 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
 	"net/http"
-	"strings"
 	"time"
 )
 
@@ -16,6 +14,7 @@ const (
 	writeTimeout = 5 * time.Second
 	maxSession   = 64 // bytes of Welcome.Session
 	maxSTUNPorts = 16
+	relayKeySize = 32
 )
 
 // Stream carries events from the server and reports to it. Next is for one
@@ -30,31 +29,18 @@ type Stream struct {
 // resume is the Resume of the last event seen, or empty. ctx bounds the request
 // only.
 func (c *Conn) Stream(ctx context.Context, resume string) (*Stream, error) {
-	state := c.tls.ConnectionState()
-	key, err := state.ExportKeyingMaterial(ExporterSTUN, nil, exporterSize)
-	if err != nil {
-		return nil, fmt.Errorf("export key of the connection: %w", err)
-	}
-	header := http.Header{}
-	header.Set("Connection", "Upgrade")
-	header.Set("Upgrade", "overlay")
-	if resume != "" {
-		header.Set(HeaderResume, resume)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	resp, body, err := c.exchange(ctx, request{path: "/v1/stream", header: header, limit: MaxBody})
+	key, err := c.Export(ExporterSTUN)
 	if err != nil {
 		return nil, err
 	}
-	if resp.StatusCode != http.StatusSwitchingProtocols {
-		return nil, refusal(resp, body)
+	header := http.Header{}
+	if resume != "" {
+		header.Set(HeaderResume, resume)
 	}
-	if !strings.EqualFold(resp.Header.Get("Upgrade"), "overlay") {
-		return nil, fmt.Errorf("the coordinator %s switched to another protocol", c.server)
+	if err := c.upgrade(ctx, request{path: "/v1/stream", header: header, limit: MaxBody}, "overlay"); err != nil {
+		return nil, err
 	}
-	c.end = errUpgraded
-	c.in.left, c.in.idle = math.MaxInt64, 3*PingInterval // ReadFrame bounds from here on
+	c.in.idle = 3 * PingInterval
 	s := &Stream{conn: c, key: key, turn: make(chan struct{}, 1)}
 	s.turn <- struct{}{}
 	return s, nil
@@ -101,6 +87,9 @@ func decodeEvent(frame []byte) (Event, error) {
 	if w := e.Welcome; w != nil {
 		if len(w.Session) == 0 || len(w.Session) > maxSession || len(w.STUN) > maxSTUNPorts {
 			return Event{}, fmt.Errorf("welcome with a session of %d bytes and %d STUN ports", len(w.Session), len(w.STUN))
+		}
+		if r := w.Relay; r != nil && (len(r.Key) != relayKeySize || len(r.Ports) > maxSTUNPorts) {
+			return Event{}, fmt.Errorf("welcome with a relay key of %d bytes and %d relay ports", len(r.Key), len(r.Ports))
 		}
 	}
 	if e.Refusal != nil {

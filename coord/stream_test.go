@@ -48,6 +48,9 @@ func (u *upgraded) receive(t *testing.T) Report {
 	return r
 }
 
+// relayKey is a key of 32 zero bytes in base 64.
+const relayKey = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+
 // streams gives both ends of a stream over loopback.
 func streams(t *testing.T, resume string) (*Stream, *upgraded) {
 	t.Helper()
@@ -62,7 +65,7 @@ func streams(t *testing.T, resume string) (*Stream, *upgraded) {
 		// The first event comes in one write with the answer: it must not be lost.
 		var b bytes.Buffer
 		b.WriteString("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: overlay\r\n\r\n")
-		_ = WriteFrame(&b, []byte(`{"welcome":{"session":"AQI=","stun":[3478],"time":"2026-01-02T03:04:05Z"}}`))
+		_ = WriteFrame(&b, []byte(`{"welcome":{"session":"AQI=","stun":[3478],"time":"2026-01-02T03:04:05Z","relay":{"key":"`+relayKey+`","ports":[443]}}}`))
 		_, _ = conn.Write(b.Bytes())
 		far <- &upgraded{conn, rw.Reader, key, r.Header.Get(HeaderResume)}
 	})))
@@ -84,7 +87,7 @@ func TestStream(t *testing.T) {
 		t.Errorf("resume %q", u.from)
 	}
 	welcome, err := s.Next()
-	want := Event{Welcome: &Welcome{Session: []byte{1, 2}, STUN: []uint16{3478}, Time: someDate()}}
+	want := Event{Welcome: &Welcome{Session: []byte{1, 2}, STUN: []uint16{3478}, Time: someDate(), Relay: &Relay{Key: make([]byte, relayKeySize), Ports: []uint16{443}}}}
 	if diff := cmp.Diff(want, welcome); diff != "" || err != nil {
 		t.Fatal(diff, err)
 	}
@@ -139,10 +142,12 @@ func TestStreamEndsWithBadEvents(t *testing.T) {
 	long, _ := json.Marshal(Event{Signal: &Signal{Data: make([]byte, MaxSignal+1)}})
 	for name, event := range map[string]string{
 		"no JSON": "hello", "long signal": string(long),
-		"no session":   `{"welcome":{"session":""}}`,
-		"long session": `{"welcome":{"session":"` + strings.Repeat("AAAA", maxSession/3+1) + `"}}`,
-		"many ports":   `{"welcome":{"session":"AQ==","stun":[` + strings.Repeat("1,", maxSTUNPorts) + `1]}}`,
-		"bad key":      `{"delta":{"removed":["AQ=="]}}`,
+		"no session":       `{"welcome":{"session":""}}`,
+		"long session":     `{"welcome":{"session":"` + strings.Repeat("AAAA", maxSession/3+1) + `"}}`,
+		"short relay key":  `{"welcome":{"session":"AQ==","relay":{"key":"AQ=="}}}`,
+		"many relay ports": `{"welcome":{"session":"AQ==","relay":{"key":"` + relayKey + `","ports":[` + strings.Repeat("1,", maxSTUNPorts) + `1]}}}`,
+		"many ports":       `{"welcome":{"session":"AQ==","stun":[` + strings.Repeat("1,", maxSTUNPorts) + `1]}}`,
+		"bad key":          `{"delta":{"removed":["AQ=="]}}`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, u := streams(t, "")

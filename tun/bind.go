@@ -35,7 +35,10 @@ func (c *Config) meshed(a netip.Addr) bool {
 }
 
 // sockets are the sockets of one Open; a family the host lacks is nil.
-type sockets struct{ v4, v6 *socket }
+type sockets struct {
+	v4, v6 *socket
+	runs   *handover // what Deliver brings
+}
 
 func (s *sockets) of(a netip.Addr) *socket {
 	if a.Is4() {
@@ -50,18 +53,19 @@ func (s *sockets) all() []*socket {
 
 // drops counts what was not passed on.
 type drops struct {
-	handled atomic.Uint64 // sent to a peer without a path
-	full    atomic.Uint64 // sent while the socket stayed full
-	foreign atomic.Uint64 // received, neither STUN nor WireGuard nor a fragment
+	handled atomic.Uint64 // sent to a peer without a path, or through a relay whose link is down
+	full    atomic.Uint64 // sent while the socket stayed full, or too long for a relay
+	foreign atomic.Uint64 // received, neither STUN nor WireGuard nor ours, or of no flow
 
 	fragments  atomic.Uint64 // received, of no session and path of a peer, or broken
 	incomplete atomic.Uint64 // messages of which some fragments came, but not all
 }
 
 // bind is a conn.Bind on UDP sockets of its own, one per family on one port.
-// What it receives is told apart segment by segment: STUN goes to
-// Config.Receive, WireGuard to wireguard-go, the rest nowhere. Safe for
-// concurrent use.
+// What it receives is told apart segment by segment: STUN, signals and what
+// relays say go to Config.Receive, WireGuard to wireguard-go, the rest nowhere.
+// What comes in a flow counts as from the handle of that path, whichever way the
+// relay sent it. Safe for concurrent use.
 type bind struct {
 	config  Config
 	peers   *peers
@@ -71,6 +75,7 @@ type bind struct {
 	mtu     atomic.Int32            // of the interface, minMTU to Config.MTU
 	open    atomic.Pointer[sockets] // nil: closed
 	trains  sync.Pool               // *train
+	streams sync.Pool               // *stream
 	holds   *holds
 	bells   bells // of the receivers and of the TUN's reader
 	drops   drops
@@ -88,6 +93,7 @@ func newBind(c Config, t *peers) *bind {
 	b := &bind{config: c, peers: t, inbound: newCredit(), out: newCredit(), base: time.Now()}
 	b.mtu.Store(int32(max(c.MTU, minMTU)))
 	b.trains.New = func() any { return newTrain() }
+	b.streams.New = func() any { return &stream{run: make([]byte, 0, streamSize)} }
 	b.holds = newHolds(b.transmitHeld)
 	return b
 }
@@ -120,14 +126,14 @@ func (b *bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 	var fns []conn.ReceiveFunc
 	for _, s := range s.all() {
 		s.bell = b.bells.hang(s.raw, s.conn.SetReadDeadline)
-		fns = append(fns, newReceiver(b, s).receive)
+		fns = append(fns, newReceiver(b, newIntake(b, s), s.done).receive)
 	}
-	return fns, b.port(), nil
+	return append(fns, newReceiver(b, s.runs, s.runs.done).receive), b.port(), nil
 }
 
 // listen opens what the host has.
 func (b *bind) listen(port uint16) (*sockets, error) {
-	s := &sockets{}
+	s := &sockets{runs: newHandover(b)}
 	var err4, err6 error
 	s.v4, err4 = b.openSocket("udp4", port)
 	if err4 != nil && !absent(err4) {
@@ -163,6 +169,7 @@ func (b *bind) Close() error {
 			b.bells.take(one.bell)
 		}
 		s.close()
+		close(s.runs.done)
 	}
 	return nil
 }
@@ -222,11 +229,12 @@ func (b *bind) ParseEndpoint(s string) (conn.Endpoint, error) {
 // the endpoint by its address. Inside the mesh nothing is registered.
 func (b *bind) setPath(k Key, to netip.AddrPort, from netip.Addr) {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
-	if !b.config.meshed(to.Addr()) {
-		if e := b.peers.path(k, to); e != nil {
-			e.mtu.Store(&b.mtu)
-			e.pin(from)
-		}
+	if b.config.meshed(to.Addr()) {
+		return
+	}
+	if e := b.peers.path(k, to); e != nil {
+		e.mtu.Store(&b.mtu)
+		e.pin(from)
 	}
 }
 

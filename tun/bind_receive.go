@@ -2,52 +2,56 @@ package tun
 
 import (
 	"encoding/binary"
-	"errors"
 	"net"
 	"net/netip"
-	"os"
-	"syscall"
 	"time"
-	"unsafe"
 
-	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/conn"
 )
 
-// Bounds of a receive.
-const (
-	receiveMessages = 4       // of one recvmmsg, each up to 64 datagrams
-	receiveSize     = 1 << 16 // bytes of each
-	receiveControl  = 128     // local address, segment size and overflow
-)
+// strayInterval is the shortest time between two calls of Config.SessionUnknown
+// about one peer.
+const strayInterval = time.Second
 
-// arrival is one message of recvmmsg: a datagram, or several of one sender that
-// the kernel joined, all of size segment but the last.
+// arrival is a datagram, or several of one sender, all of size segment but the
+// last.
 type arrival struct {
 	data    []byte
 	segment int
-	ep      *endpoint  // of the sender
+	gap     int        // bytes between them
+	ep      *endpoint  // of the sender; nil: link says who that is
+	link    uint16     // over whose own connection it came; 0: over UDP
 	at      netip.Addr // local address
 }
 
-// receiver is the receiving half of a socket. What one call cannot take stays
-// under the cursor for the next. One goroutine uses it.
+// skip moves the cursor behind the first n datagrams.
+func (a *arrival) skip(n int) {
+	a.data = a.data[min(n*(a.segment+a.gap), len(a.data)):]
+}
+
+// arrivals are where a receiver's datagrams come from. One goroutine uses them.
+type arrivals interface {
+	// next makes a the next arrival at hand, and reports false when there is none.
+	// What was the last one is not looked at any more.
+	next(a *arrival) bool
+	// wait waits until there is one. False means that there will be none.
+	wait() bool
+	// release gives up what is at hand.
+	release()
+}
+
+// receiver is the receiving half of a bind, for one source of datagrams. What
+// one call cannot take stays under the cursor for the next. One goroutine uses
+// it.
 type receiver struct {
-	b       *bind
-	s       *socket
-	msgs    [receiveMessages]mmsghdr
-	iovs    [receiveMessages]unix.Iovec
-	names   [receiveMessages]sockaddr
-	control [receiveMessages][receiveControl]byte
-	bufs    [receiveMessages][]byte
+	b    *bind
+	in   arrivals
+	done chan struct{} // closed with the source
+	now  arrival
+	from *endpoint // whom the datagram under the cursor is from
+	way  found     // the flow looked up last
 
-	count int // messages of the last recvmmsg
-	next  int // the one after the one under the cursor
-	now   arrival
-
-	stranger *endpoint // the last sender nobody registered
-	slots    slots     // messages of which not all fragments are here
-	overflow uint32    // what the socket dropped, as last heard
+	slots slots // messages of which not all fragments are here
 
 	known    bool              // of which peer index is
 	index    uint32            // of the messages being counted
@@ -58,62 +62,32 @@ type receiver struct {
 	counters [batchSize]uint64
 	counted  int // how many counters
 	timer    *time.Timer
-	errno    syscall.Errno
-	run      func(fd uintptr) bool
 }
 
-func newReceiver(b *bind, s *socket) *receiver {
-	r := &receiver{b: b, s: s, timer: time.NewTimer(time.Hour)}
+// found is the result of looking a flow up.
+type found struct {
+	header uint64
+	by     *endpoint // of the relay's port
+	link   uint16
+	way    *endpoint // nil: nothing is known
+}
+
+func newReceiver(b *bind, in arrivals, done chan struct{}) *receiver {
+	r := &receiver{b: b, in: in, done: done, timer: time.NewTimer(time.Hour)}
 	r.slots.drops = &b.drops
 	r.timer.Stop()
-	for i := range r.msgs {
-		r.bufs[i] = make([]byte, receiveSize)
-		r.iovs[i].Base = &r.bufs[i][0]
-		r.iovs[i].SetLen(receiveSize)
-		m := &r.msgs[i].head
-		m.Iov = &r.iovs[i]
-		m.SetIovlen(1)
-		m.Name = &r.names[i][0]
-		m.Control = &r.control[i][0]
-	}
-	r.run = r.recvmmsg
 	return r
-}
-
-// recvmmsg reports false when the socket is empty.
-func (r *receiver) recvmmsg(fd uintptr) bool {
-	for i := range r.msgs {
-		r.msgs[i].head.Namelen = unix.SizeofSockaddrInet6
-		r.msgs[i].head.SetControllen(receiveControl)
-	}
-	for {
-		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.msgs[0])),
-			receiveMessages, unix.MSG_DONTWAIT, 0, 0)
-		switch errno {
-		case 0:
-			r.count, r.next = int(n), 0
-			return true
-		case unix.EAGAIN:
-			r.s.bell.waiting.Store(true)
-			return false
-		case unix.EBADF, unix.ENOTSOCK:
-			r.errno = errno
-			return true
-		}
-		// Anything else is news about a datagram sent earlier; reading it
-		// removed it.
-	}
 }
 
 // receive is a conn.ReceiveFunc. It returns an error only after Close.
 func (r *receiver) receive(packets [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 	for {
-		if len(r.now.data) == 0 && r.next == r.count {
-			if err := r.wait(); err != nil || r.errno != 0 {
-				return 0, net.ErrClosed
-			}
+		if len(r.now.data) == 0 && !r.in.next(&r.now) && !r.in.wait() {
+			return 0, net.ErrClosed
 		}
-		if room, _ := r.b.inbound.wait(r.timer, r.s.done); room == 0 {
+		if room, _ := r.b.inbound.wait(r.timer, r.done); room == 0 {
+			r.now = arrival{}
+			r.in.release()
 			return 0, net.ErrClosed
 		}
 		if n := r.deliver(packets, sizes, eps); n > 0 {
@@ -122,80 +96,109 @@ func (r *receiver) receive(packets [][]byte, sizes []int, eps []conn.Endpoint) (
 	}
 }
 
-// wait waits for datagrams.
-func (r *receiver) wait() error {
-	r.b.bells.look(r.b.now())
-	for {
-		err := r.s.raw.Read(r.run)
-		r.s.bell.waiting.Store(false)
-		if !errors.Is(err, os.ErrDeadlineExceeded) {
-			return err
-		}
-		_ = r.s.conn.SetReadDeadline(time.Time{}) // fails once closed
-	}
-}
-
-// deliver copies WireGuard's datagrams out until packets is full or nothing is
-// left, and hands STUN over on the way.
+// deliver copies WireGuard's messages out until packets is full or nothing is
+// left, and hands over on the way what is for Config.Receive.
 func (r *receiver) deliver(packets [][]byte, sizes []int, eps []conn.Endpoint) int {
 	n := 0
 	for n < len(packets) {
 		if len(r.now.data) == 0 {
-			if !r.advance() {
+			if !r.in.next(&r.now) {
 				break
 			}
 			continue
 		}
-		size := min(r.now.segment, len(r.now.data))
-		b := r.now.data[:size]
-		got := 0
-		switch frameOf(b) {
-		case frameWireGuard:
-			if size > len(packets[n]) {
-				r.b.drops.foreign.Add(1)
-				break
-			}
-			got = copy(packets[n], b)
-		case frameFragment:
-			got, size = r.gather(packets[n], b)
-		case frameSTUN:
-			if r.b.config.Receive != nil {
-				r.b.config.Receive(b, r.now.ep.to, r.now.at)
-			}
-		default:
-			r.b.drops.foreign.Add(1)
-		}
-		r.now.data = r.now.data[size:]
+		got, done := r.unpack(packets[n])
+		r.now.skip(done)
 		if got > 0 {
 			r.take(packets[n][:got])
-			sizes[n], eps[n] = got, r.now.ep
+			sizes[n], eps[n] = got, r.from
 			n++
 		}
 	}
 	r.charge()
-	r.known, r.peer = false, nil
+	r.known, r.peer, r.way = false, nil, found{}
 	return n
 }
 
-// gather takes the fragment b, which is under the cursor. Whose it is tells the
-// index of its session, which nobody can guess; the path it takes need not be
-// the one this side uses. It returns the size of
-// the message that is complete with it, in dst, or 0, and how many bytes under
-// the cursor it has dealt with: all of the message's, when they follow.
-func (r *receiver) gather(dst, b []byte) (got, done int) {
+// unpack takes the datagram under the cursor. It returns the size of the message
+// that is complete with it, in dst, or 0, and how many datagrams it has dealt
+// with.
+func (r *receiver) unpack(dst []byte) (got, done int) {
+	b := r.now.data[:min(r.now.segment, len(r.now.data))]
+	kind, lead, at := frameOf(b), 0, r.now.at
+	r.from = r.now.ep
+	switch {
+	case kind == frameFlow || r.now.link != 0:
+		kind = r.enter(kind, b)
+		lead, at = min(flowHeader, len(b)), netip.Addr{}
+	case kind == frameSignal:
+		kind = frameOwn // only in a flow
+	}
+	switch b = b[lead:]; kind {
+	case frameWireGuard:
+		if len(b) <= len(dst) {
+			return copy(dst, b), 1
+		}
+		r.b.drops.foreign.Add(1)
+	case frameFragment:
+		return r.gather(dst, b, lead)
+	case frameSTUN, frameControl, frameSignal:
+		if r.b.config.Receive != nil {
+			r.b.config.Receive(b, r.from.to, at)
+		}
+	default:
+		r.b.drops.foreign.Add(1)
+	}
+	return 0, 1
+}
+
+// enter finds whose flow the datagram b is of, and what it holds. frameOwn means
+// that it is to be dropped: it is of no flow of the relay it came from, or holds
+// what does not belong there.
+func (r *receiver) enter(kind frame, b []byte) frame {
+	if kind != frameFlow || len(b) <= flowHeader {
+		return frameOwn
+	}
+	header := binary.BigEndian.Uint64(b)
+	if w := &r.way; w.way == nil || w.header != header || w.by != r.now.ep || w.link != r.now.link {
+		var from netip.AddrPort
+		if r.now.ep != nil {
+			from = r.now.ep.to
+		}
+		*w = found{header, r.now.ep, r.now.link, r.b.peers.flow(header, r.now.link, from)}
+		if w.way == nil {
+			return frameOwn
+		}
+	}
+	r.from = r.way.way
+	switch kind = frameOf(b[flowHeader:]); kind {
+	case frameFlow, frameControl:
+		return frameOwn
+	}
+	return kind
+}
+
+// gather takes the fragment b, which is under the cursor behind lead bytes. Whose
+// it is tells the index of its session, which nobody can guess; the path it takes
+// need not be the one this side uses. It returns what unpack does: when all of a
+// message's fragments follow, it deals with all.
+func (r *receiver) gather(dst, b []byte, lead int) (got, done int) {
 	f, ok := parseFragment(b)
 	if ok {
-		p, from := r.owner(f.session), r.now.ep
-		ok = p != nil && (from.peer == nil || from.peer == p) && !from.drop
+		p := r.owner(f.session)
+		if p == nil {
+			r.stray()
+		}
+		ok = p != nil && (r.from.peer == nil || r.from.peer == p) && !r.from.drop
 	}
 	if !ok {
 		r.b.drops.fragments.Add(1)
-		return 0, len(b)
+		return 0, 1
 	}
-	done = len(b)
-	if f.adjacent(dst, r.now.data) {
-		got, done = f.length(), f.count*len(b)
-	} else if got = r.slots.put(dst, source{r.peer, r.now.ep.peer != nil}, f, b[fragmentHeader:]); got == 0 {
+	done = 1
+	if f.adjacent(dst, r.now.data, lead, lead+len(b)+r.now.gap) {
+		got, done = f.length(), f.count
+	} else if got = r.slots.put(dst, source{r.peer, r.from.peer != nil}, f, b[fragmentHeader:]); got == 0 {
 		return 0, done
 	}
 	if !f.names(dst[:got]) {
@@ -218,7 +221,11 @@ func (r *receiver) owner(index uint32) *peer {
 // take counts a message of a session of ours. Those of no session are dropped
 // by wireguard-go at once and cost no credit.
 func (r *receiver) take(b []byte) {
-	if b[0] != typeData || r.owner(indexOf(b)) == nil {
+	if b[0] != typeData {
+		return
+	}
+	if r.owner(indexOf(b)) == nil {
+		r.stray()
 		return
 	}
 	if r.counted == len(r.counters) {
@@ -234,10 +241,27 @@ func (r *receiver) take(b []byte) {
 	}
 }
 
+// stray looks at a message of no session: when it comes by a path of a peer with
+// whom there was none, this side has forgotten it. At most once a second the node
+// hears of that.
+func (r *receiver) stray() {
+	p := r.from.peer
+	if p == nil || r.from.drop || r.b.config.SessionUnknown == nil || p.met.Load() {
+		return
+	}
+	now, last := r.b.now(), p.unknown.Load()
+	if (last == 0 || now-last >= int64(strayInterval)) && p.unknown.CompareAndSwap(last, now) {
+		r.b.config.SessionUnknown(p.key)
+	}
+}
+
 // charge books what take counted.
 func (r *receiver) charge() {
 	if r.counted == 0 {
 		return
+	}
+	if !r.peer.met.Load() {
+		r.peer.met.Store(true)
 	}
 	if r.taken > 0 {
 		r.b.inbound.takeNamed(&r.peer.in, r.messages[:r.taken], r.bytes)
@@ -247,67 +271,4 @@ func (r *receiver) charge() {
 		r.b.reported(r.peer)
 	}
 	r.taken, r.bytes, r.counted = 0, 0, 0
-}
-
-// advance puts the next message under the cursor.
-func (r *receiver) advance() bool {
-	if r.next == r.count {
-		return false
-	}
-	m := &r.msgs[r.next]
-	size := int(m.size)
-	a := parseControl(r.control[r.next][:m.head.Controllen])
-	if a.segment <= 0 || a.segment > size {
-		a.segment = size
-	}
-	if a.overflow != 0 && a.overflow != r.overflow {
-		r.b.overflow.Add(a.overflow - r.overflow)
-		r.overflow = a.overflow
-	}
-	r.now = arrival{data: r.bufs[r.next][:size], segment: a.segment, ep: r.sender(r.names[r.next].get(), a.local), at: a.local}
-	r.next++
-	return true
-}
-
-// sender is the endpoint of an address. A stranger's is kept only until the
-// next stranger, and answered from the local address it wrote to. That of a path
-// is not moved by a datagram which anybody can have sent.
-func (r *receiver) sender(a netip.AddrPort, local netip.Addr) *endpoint {
-	if e := r.b.peers.at(a); e != nil {
-		return e
-	}
-	if r.stranger == nil || r.stranger.to != a {
-		r.stranger = newEndpoint(a, nil)
-	}
-	r.stranger.pin(local)
-	return r.stranger
-}
-
-// ancillary is what the kernel says about an arrival.
-type ancillary struct {
-	local    netip.Addr // where it arrived
-	segment  int        // bytes of each datagram; 0: there is one
-	overflow uint32     // datagrams the socket ever dropped, modulo 2^32; 0: not said
-}
-
-// parseControl reads ancillary data of the kernel.
-func parseControl(b []byte) (a ancillary) {
-	for len(b) >= unix.CmsgLen(0) {
-		h, data, rest, err := unix.ParseOneSocketControlMessage(b)
-		if err != nil {
-			break
-		}
-		switch {
-		case h.Level == unix.IPPROTO_IP && h.Type == unix.IP_PKTINFO && len(data) >= unix.SizeofInet4Pktinfo:
-			a.local = netip.AddrFrom4([4]byte(data[4:8])) // ipi_spec_dst
-		case h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_PKTINFO && len(data) >= unix.SizeofInet6Pktinfo:
-			a.local = netip.AddrFrom16([16]byte(data[:16]))
-		case h.Level == unix.IPPROTO_UDP && h.Type == unix.UDP_GRO && len(data) >= 4:
-			a.segment = int(int32(binary.NativeEndian.Uint32(data)))
-		case h.Level == unix.SOL_SOCKET && h.Type == unix.SO_RXQ_OVFL && len(data) >= 4:
-			a.overflow = binary.NativeEndian.Uint32(data)
-		}
-		b = rest
-	}
-	return a
 }

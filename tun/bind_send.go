@@ -57,7 +57,23 @@ func (b *bind) Send(bufs [][]byte, ep conn.Endpoint) error {
 		}
 		b.spoke(e.peer, content, bufs[0][0] == typeInitiation)
 	}
-	return b.transmit(bufs, e)
+	return b.pass(bufs, e)
+}
+
+// pass transmits messages on a path, and on the one that gets copies. One that
+// carries them is enough.
+func (b *bind) pass(bufs [][]byte, e *endpoint) error {
+	err := b.transmit(bufs, e)
+	if e.peer != nil {
+		if also := e.peer.also.Load(); also != nil && also != e && b.transmit(bufs, also) == nil {
+			return nil
+		}
+	}
+	if errors.Is(err, errDown) {
+		b.drops.handled.Add(uint64(len(bufs)))
+		return nil
+	}
+	return err
 }
 
 // book gives credits back and learns from handshakes. A response means that
@@ -70,6 +86,7 @@ func (b *bind) book(first []byte, p *peer, content int) {
 	switch first[0] {
 	case typeResponse:
 		b.holds.drop(p)
+		p.answered.Store(b.now())
 		b.peers.learn(indexOf(first), p)
 	case typeInitiation:
 		b.peers.learn(indexOf(first), p)
@@ -92,33 +109,42 @@ func (b *bind) spoke(p *peer, content int, initiation bool) {
 // transmitHeld sends an initiation whose time has come.
 func (b *bind) transmitHeld(message []byte, to *endpoint) {
 	b.spoke(to.peer, 0, true)
-	if err := b.transmit([][]byte{message}, to); err != nil {
+	if err := b.pass([][]byte{message}, to); err != nil {
 		b.config.logger().Debug("held initiation not sent", "to", to.to, "err", err)
 	}
 }
 
 // transmit sends messages on a path; cut into fragments, when they are longer
-// than its datagrams and the peer takes those. It goes on without the source
-// address and without segmentation when the kernel refuses those.
+// than its datagrams and the peer takes those.
 func (b *bind) transmit(bufs [][]byte, e *endpoint) error {
-	open := b.open.Load()
-	if open == nil {
-		return net.ErrClosed
-	}
-	s := open.of(e.to.Addr())
-	if s == nil {
-		return fmt.Errorf("send to %s: %w", e.to, unix.EAFNOSUPPORT)
-	}
 	o := batch{bufs: bufs, to: e}
 	if e.peer != nil && e.peer.large.Load() {
 		o.limit = e.datagram()
 	}
+	if e.relay != nil {
+		return b.relay(&o)
+	}
+	return b.ship(&o)
+}
+
+// ship sends a batch to a UDP address. It goes on without the source address and
+// without segmentation when the kernel refuses those.
+func (b *bind) ship(o *batch) error {
+	open := b.open.Load()
+	if open == nil {
+		return net.ErrClosed
+	}
+	e := o.to
+	s := open.of(e.to.Addr())
+	if s == nil {
+		return fmt.Errorf("send to %s: %w", e.to, unix.EAFNOSUPPORT)
+	}
 	t := b.trains.Get().(*train)
 	defer b.trains.Put(t)
 	at, tries := place{}, 0
-	for at.message < len(bufs) {
+	for at.message < len(o.bufs) {
 		o.source, o.segment = e.SrcIP(), b.segments(e, s)
-		t.load(&o, at)
+		t.load(o, at)
 		err := s.raw.Control(t.run)
 		failed := t.errno
 		rest, group := t.rest()
@@ -129,9 +155,9 @@ func (b *bind) transmit(bufs [][]byte, e *endpoint) error {
 		case failed == 0:
 			continue
 		case failed == unix.EAGAIN:
-			b.drops.full.Add(uint64(len(bufs) - at.message))
+			b.drops.full.Add(uint64(len(o.bufs) - at.message))
 			return nil
-		case tries == sendTries || !b.adapt(&o, s, failed, group):
+		case tries == sendTries || !b.adapt(o, s, failed, group):
 			return fmt.Errorf("send to %s: %w", e.to, failed)
 		}
 		tries++
@@ -172,11 +198,11 @@ func badSource(errno syscall.Errno) bool {
 }
 
 // send sends one datagram of ours, from a local address when from is valid, and
-// with a TTL or hop limit of its own when ttl is not 0.
+// with a TTL or hop limit of its own when ttl is not 0; or into a flow.
 func (b *bind) send(p []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if b.config.meshed(to.Addr()) {
-		return fmt.Errorf("send to %s: %w", to, errMesh)
+		return b.sendFlow(p, to, ttl)
 	}
 	open := b.open.Load()
 	if open == nil {

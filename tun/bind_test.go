@@ -604,12 +604,9 @@ func FuzzDeliver(f *testing.F) {
 		}
 		stun := 0
 		b := newBind(Config{Receive: func(b []byte, _ netip.AddrPort, _ netip.Addr) { stun += len(b) }}, newPeers())
-		r := newReceiver(b, nil)
-		r.count = 1
-		r.msgs[0].size = uint32(copy(r.bufs[0], data))
-		c := control{b: r.control[0][:0]}
-		binary.NativeEndian.PutUint32(c.add(unix.IPPROTO_UDP, unix.UDP_GRO, 4), uint32(segment))
-		r.msgs[0].head.SetControllen(len(c.b))
+		in := newIntake(b, nil)
+		r := newReceiver(b, in, nil)
+		in.load(netip.AddrPort{}, data, segment)
 		packets := [][]byte{make([]byte, 2000), make([]byte, 2000)}
 		sizes, eps := make([]int, 2), make([]conn.Endpoint, 2)
 		for n := r.deliver(packets, sizes, eps); n > 0; n = r.deliver(packets, sizes, eps) {

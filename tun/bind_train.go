@@ -10,7 +10,7 @@ import (
 )
 
 // trainPieces is how many pieces of memory one sendmmsg gathers: a header and a
-// part for every fragment. Some super-packets' worth; what is more goes with the
+// part for every fragment, or for every message in a flow. Some super-packets' worth; what is more goes with the
 // next call.
 const trainPieces = 512
 
@@ -22,10 +22,11 @@ type mmsghdr struct {
 
 // batch is what train.load sends. The zero place is its beginning.
 type batch struct {
-	bufs    [][]byte // messages
-	to      *endpoint
+	bufs    [][]byte  // messages
+	to      *endpoint // where the datagrams go
+	lead    []byte    // what each begins with: the header of a flow, or nothing
 	source  netip.Addr
-	limit   int  // longer messages are cut to datagrams of so many bytes; 0: none is
+	limit   int  // longer messages are cut to datagrams of so many bytes, without lead; 0: none is
 	segment bool // equal neighbours travel as one
 }
 
@@ -53,7 +54,7 @@ type train struct {
 
 	iovs   [trainPieces]unix.Iovec
 	used   int
-	heads  [trainPieces / 2][fragmentHeader]byte
+	heads  [trainPieces / 2][flowHeader + fragmentHeader]byte
 	headed int
 	zeros  [maxFragments]byte // padding
 
@@ -121,9 +122,9 @@ func (t *train) couple(o *batch, at place) place {
 	for at.message < len(o.bufs) {
 		m := o.bufs[at.message]
 		f, fragmented := cut(m, o.limit)
-		size, left := len(m), 1
+		size, left := len(o.lead)+len(m), 1
 		if fragmented {
-			size, left = fragmentHeader+f.size, f.count-at.fragment
+			size, left = len(o.lead)+fragmentHeader+f.size, f.count-at.fragment
 		}
 		n := min(left, t.room(g, size, o.segment))
 		// A message is torn only when no group has room for it.
@@ -132,7 +133,7 @@ func (t *train) couple(o *batch, at place) place {
 		}
 		for range n {
 			f.index = at.fragment
-			t.add(m, f)
+			t.add(o.lead, m, f)
 			at.fragment++
 		}
 		if g.count == 0 {
@@ -169,15 +170,19 @@ func (t *train) room(g bulk, size int, segment bool) int {
 func (t *train) short(left int) bool { return t.used > 0 && (trainPieces-t.used-1)/2 < left }
 
 // add puts a datagram into the group being made: a fragment of a message, or all
-// of it.
-func (t *train) add(message []byte, f fragment) {
+// of it, behind lead.
+func (t *train) add(lead, message []byte, f fragment) {
 	if f.count == 0 {
+		if len(lead) > 0 {
+			t.piece(lead)
+		}
 		t.piece(message)
 		return
 	}
-	head := t.heads[t.headed][:]
+	head := t.heads[t.headed][:len(lead)+fragmentHeader]
 	t.headed++
-	f.put(head)
+	copy(head, lead)
+	f.put(head[len(lead):])
 	t.piece(head)
 	t.piece(f.part(message))
 	if f.index == f.count-1 && f.padding > 0 {

@@ -197,7 +197,9 @@ func (d *Device) waitClosed(ctx context.Context) error {
 
 // Send sends one datagram from the WireGuard port, from the given local address
 // when that is valid and still this host's, and with the given TTL or hop limit
-// where it is above zero. It never blocks, and refuses to send into Config.Mesh.
+// where it is above zero. To a handle of SetWays it goes through the relay, which
+// no datagram with a TTL of its own does. It never blocks, and sends nothing else
+// into Config.Mesh.
 func (d *Device) Send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
 	return d.bind.send(b, to, from, ttl)
 }

@@ -26,6 +26,9 @@ const (
 	// sessionsAge bounds how old the list of sessions may be that StartHandshake
 	// looks at: wireguard-go tells of all peers or of none.
 	sessionsAge = 20 * time.Millisecond
+	// restartInterval is the shortest time from the last handshake, or start of
+	// one, to a restart.
+	restartInterval = time.Second
 )
 
 // handshakes remembers when handshakes began and when they were last completed.
@@ -109,6 +112,23 @@ func (h *handshakes) due(k Key, sent time.Time, initiate bool, list func() map[K
 	return wait
 }
 
+// restart tells whether a session that the peer has lost should make room for
+// another: not when a handshake began or was completed just now.
+func (h *handshakes) restart(k Key, list func() map[Key]time.Time) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now, one := time.Now(), h.of(k)
+	if now.Sub(one.started) < restartInterval {
+		return false
+	}
+	h.read, h.sessions = now, list()
+	if age := now.Sub(h.sessions[k]); age >= 0 && age < restartInterval {
+		return false
+	}
+	one.started = now
+	return true
+}
+
 // resume ends the wait for a start that was put off.
 func (h *handshakes) resume(k Key) {
 	h.mu.Lock()
@@ -152,6 +172,33 @@ func (d *Device) StartHandshake(k Key) {
 	p.ExpireCurrentKeypairs() // also forgets when the last initiation left
 	if err := p.SendHandshakeInitiation(false); err != nil {
 		d.log.Debug("cannot start a handshake", "err", cause(err))
+	}
+}
+
+// RestartSession begins a new session with a peer that says, authenticated, that
+// it has lost the one there is. It does nothing when a handshake began, was
+// answered or was completed in the last second. Unknown peers are ignored. It
+// does not wait, and may be called from Config.Receive.
+func (d *Device) RestartSession(k Key) {
+	time.AfterFunc(0, func() { d.restart(k) }) // reading sessions would deadlock there
+}
+
+func (d *Device) restart(k Key) {
+	p, shared := d.wg.LookupPeer(device.NoisePublicKey(k)), d.peers.byKey(k)
+	if p == nil || shared == nil {
+		return
+	}
+	// While the peer has not confirmed our answer no session tells of it, and
+	// expiring the keys would make it void.
+	if at := shared.answered.Load(); at != 0 && d.bind.now()-at < int64(restartInterval) {
+		return
+	}
+	if !d.starts.restart(k, d.sessions) {
+		return
+	}
+	p.ExpireCurrentKeypairs() // also forgets when the last initiation left
+	if err := p.SendHandshakeInitiation(false); err != nil {
+		d.log.Debug("cannot restart a session", "err", cause(err))
 	}
 }
 

@@ -109,7 +109,7 @@ func (d *Device) peerConfig(p Peer, known bool) wgtypes.PeerConfig {
 		PersistentKeepaliveInterval: new(time.Duration),
 		ReplaceAllowedIPs:           true,
 	}
-	if old := d.peers.byKey(p.Key); known && old != nil && old.pathed.Load() {
+	if old := d.peers.byKey(p.Key); known && old != nil && old.direct.Load() {
 		c.PersistentKeepaliveInterval = &p.Keepalive
 	}
 	if !known {
@@ -122,14 +122,20 @@ func (d *Device) peerConfig(p Peer, known bool) wgtypes.PeerConfig {
 }
 
 // SetEndpoint makes to the address to which the peer's packets are sent, from the
-// local address from when that is valid, and sends what waited for it. Addresses
-// inside Config.Mesh are refused.
+// local address from when that is valid, and sends what waited for it. Inside
+// Config.Mesh it takes only the handles of SetWays; with one the peer has no
+// persistent keepalive: the link to the relay has its own.
 func (d *Device) SetEndpoint(k Key, to netip.AddrPort, from netip.Addr) error {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
-	if !to.IsValid() || d.config.meshed(to.Addr()) {
-		return fmt.Errorf("set endpoint on %s: not an address outside the mesh", d.config.Name)
+	relayed := d.config.meshed(to.Addr())
+	if !to.IsValid() || relayed && !d.peers.follow(k, to) {
+		return fmt.Errorf("set endpoint on %s: neither an address outside the mesh nor a way of the peer", d.config.Name)
 	}
 	return d.setEndpoint(k, func(p Peer) (netip.AddrPort, time.Duration) {
+		if relayed {
+			d.starts.move(k, to)
+			return to, 0
+		}
 		d.starts.move(k, to)
 		d.bind.setPath(k, to, from) // before the write, which looks the path up by address
 		return to, p.Keepalive

@@ -44,15 +44,19 @@ func (s *sockaddr) get() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16([16]byte(s[sockaddrAddr6:])).Unmap(), port)
 }
 
-// endpoint is a conn.Endpoint: a path to a peer, a handle that drops, or an
-// address nobody registered. One path has one object, whether wireguard-go got
-// it from ParseEndpoint or with a packet. Safe for concurrent use.
+// endpoint is a conn.Endpoint: a path to a peer, direct or through a relay, a
+// handle that drops, the UDP port of a relay, or an address nobody registered.
+// One path has one object, whether wireguard-go got it from ParseEndpoint or
+// with a packet. Safe for concurrent use.
 type endpoint struct {
 	to   netip.AddrPort
 	name sockaddr // to, as the kernel takes it
 	size uint32   // of name
 	peer *peer    // nil: unknown
-	drop bool     // a handle
+	drop bool     // a handle without a path
+
+	relay *relay           // through which datagrams go; nil: they go to to
+	head  [flowHeader]byte // what they begin with then
 
 	source atomic.Pointer[netip.Addr]   // local address; nil: the kernel chooses
 	mtu    atomic.Pointer[atomic.Int32] // of the interface, which changes; nil: 1400

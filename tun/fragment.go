@@ -111,20 +111,22 @@ func parseFragment(b []byte) (fragment, bool) {
 }
 
 // adjacent puts a message together whose fragments, of one size, follow each
-// other in data. False means that they do not.
-func (f fragment) adjacent(dst, data []byte) bool {
-	step := fragmentHeader + f.size
-	if f.index != 0 || len(data) < f.count*step || len(dst) < f.length() {
+// other in data, step bytes apart, each behind lead bytes: 0, or the header of
+// one flow. False means that they do not.
+func (f fragment) adjacent(dst, data []byte, lead, step int) bool {
+	size := lead + fragmentHeader + f.size
+	if f.index != 0 || len(data) < (f.count-1)*step+size || len(dst) < f.length() {
 		return false
 	}
 	dst = dst[:f.length()]
-	header := binary.BigEndian.Uint64(data)
+	flow, header := binary.BigEndian.Uint64(data), binary.BigEndian.Uint64(data[lead:])
 	for i := range f.count {
-		b := data[i*step:][:step]
-		if binary.BigEndian.Uint64(b) != header+uint64(i)*nextFragment {
+		b := data[i*step:][:size]
+		if binary.BigEndian.Uint64(b[lead:]) != header+uint64(i)*nextFragment ||
+			lead > 0 && binary.BigEndian.Uint64(b) != flow {
 			return false
 		}
-		copy(dst[i*f.size:], b[fragmentHeader:])
+		copy(dst[i*f.size:], b[lead+fragmentHeader:])
 	}
 	return true
 }

@@ -32,8 +32,14 @@ const (
 	stunHeaderSize = 20
 )
 
-// ownFrame is the first value of a first byte that belongs to frames of ours.
-const ownFrame = 0x80
+// First bytes of frames of ours. Control messages of a relay travel between a
+// node and the relay; signals between nodes, and only inside a flow.
+const (
+	ownFrame    = 0x80 // the first value of all of them
+	flowByte    = 0x90
+	controlByte = 0xa0
+	signalByte  = 0xb0
+)
 
 // frame is what a datagram is by its first bytes.
 type frame uint8
@@ -42,6 +48,9 @@ const (
 	frameUnknown   frame = iota // nobody's: dropped
 	frameOwn                    // ours, but of a kind that is not defined yet: dropped
 	frameFragment               // part of a message, see fragment
+	frameFlow                   // header of a flow through a relay; a datagram of any other kind follows
+	frameControl                // Config.Receive, from a relay
+	frameSignal                 // Config.Receive, from inside a flow
 	frameSTUN                   // Config.Receive
 	frameWireGuard              // wireguard-go
 )
@@ -56,13 +65,26 @@ func frameOf(b []byte) frame {
 	case b[0]&fragmentKinds == fragmentKind:
 		return frameFragment
 	case b[0] >= ownFrame:
-		return frameOwn
+		return ownOf(b[0])
 	case len(b) >= keepaliveSize && b[0] >= typeInitiation && b[0] <= typeData && b[1]|b[2]|b[3] == 0:
 		return frameWireGuard
 	case len(b) >= stunHeaderSize && b[0]>>6 == 0 && binary.BigEndian.Uint32(b[stunCookieAt:]) == stunCookie:
 		return frameSTUN
 	}
 	return frameUnknown
+}
+
+// ownOf is the kind of a frame of ours that is no fragment.
+func ownOf(first byte) frame {
+	switch first {
+	case flowByte:
+		return frameFlow
+	case controlByte:
+		return frameControl
+	case signalByte:
+		return frameSignal
+	}
+	return frameOwn
 }
 
 // isData reports whether a WireGuard message carries content.

@@ -36,7 +36,10 @@ func TestFrameOf(t *testing.T) {
 		"one byte":           {[]byte{1}, frameUnknown},
 		"first fragment":     {[]byte{0x80}, frameFragment},
 		"last fragment":      {[]byte{0x8f, 1}, frameFragment},
-		"first own":          {[]byte{0x90}, frameOwn},
+		"flow":               {[]byte{0x90}, frameFlow},
+		"control":            {[]byte{0xa0, 1}, frameControl},
+		"signal":             {[]byte{0xb0}, frameSignal},
+		"first own":          {[]byte{0x91}, frameOwn},
 		"last own":           {[]byte{0xff, 1, 2}, frameOwn},
 		"initiation":         {wireGuard(1, 7, initiationSize), frameWireGuard},
 		"keepalive":          {wireGuard(4, 7, keepaliveSize), frameWireGuard},
@@ -72,7 +75,7 @@ func FuzzFrameOf(f *testing.F) {
 			if b[0]&0xc0 != 0 || len(b) < stunHeaderSize {
 				t.Fatal("not STUN")
 			}
-		case frameFragment, frameOwn:
+		case frameFragment, frameOwn, frameFlow, frameControl, frameSignal:
 			if b[0] < ownFrame {
 				t.Fatal("not ours")
 			}

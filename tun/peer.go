@@ -13,7 +13,7 @@ import (
 const (
 	maxEndpoints = 8  // paths and handles, newest last
 	maxIndices   = 64 // session indices: a session lives 180 s, initiations are 5 s apart
-	lastPort     = 1<<16 - 1
+	lastPort     = relayedPort - 1
 )
 
 // silence is how long a peer was not sent to when sending again is news.
@@ -24,8 +24,12 @@ const silence = time.Second
 type peer struct {
 	key      Key
 	initiate atomic.Bool // this side starts handshakes
-	pathed   atomic.Bool // the endpoint last made is a path, not a handle
+	pathed   atomic.Bool // the endpoint in use is a path, not a handle that drops
+	direct   atomic.Bool // and one without a relay
+	met      atomic.Bool // there was a session
 	large    atomic.Bool // takes large messages, and this side may send them
+
+	also atomic.Pointer[endpoint] // where everything is sent, too; nil: nowhere
 
 	trip atomic.Int64 // round trip of the path, ns; 0: not known
 
@@ -37,18 +41,23 @@ type peer struct {
 	received atomic.Uint64 // packets written to the TUN
 	lastSent atomic.Int64  // since the Bind was made, ns; 0: never
 	demanded atomic.Int64  // since the Bind was made, ns; 0: never
+	unknown  atomic.Int64  // when Config.SessionUnknown was told, as lastSent
+	answered atomic.Int64  // when a handshake was, as lastSent
 
 	out, in account // messages inside wireguard-go
 
 	// Guarded by peers.mu.
 	endpoints []*endpoint
+	ways      []*endpoint // through relays
+	current   *endpoint   // in use
 	indices   []uint32
-	port      uint16 // of the handle last made
+	home      netip.Addr // of handles: its overlay IPv6
+	port      uint16     // of the handle last made
 }
 
 // peers finds a peer by its key, its inner address, the address of a path or
-// handle, and by the session indices this side handed out. Safe for concurrent
-// use.
+// handle, the header of a flow, and by the session indices this side handed out.
+// Safe for concurrent use.
 type peers struct {
 	large bool // this side sends large messages
 
@@ -57,6 +66,9 @@ type peers struct {
 	inner   map[netip.Addr]*peer
 	paths   map[netip.AddrPort]*endpoint
 	indices map[uint32]*peer
+	flows   map[uint64][]*endpoint       // by header; one for each relay
+	relays  map[uint16]*relay            // by number
+	ports   map[netip.AddrPort]*endpoint // of relays
 }
 
 func newPeers() *peers {
@@ -65,6 +77,9 @@ func newPeers() *peers {
 		inner:   make(map[netip.Addr]*peer),
 		paths:   make(map[netip.AddrPort]*endpoint),
 		indices: make(map[uint32]*peer),
+		flows:   make(map[uint64][]*endpoint),
+		relays:  make(map[uint16]*relay),
+		ports:   make(map[netip.AddrPort]*endpoint),
 	}
 }
 
@@ -81,6 +96,7 @@ func (t *peers) set(list []Peer) {
 			p = &peer{key: want.Key}
 		}
 		p.initiate.Store(want.Initiate)
+		p.home = want.Handle
 		keep[want.Key] = p
 		p.large.Store(t.large && want.Capabilities&Large != 0)
 		p.inner4.Store(nil)
@@ -109,7 +125,11 @@ func (t *peers) forget(p *peer) {
 	for _, i := range p.indices {
 		t.release(i, p)
 	}
-	p.endpoints, p.indices = nil, nil
+	for _, e := range p.ways {
+		t.block(e)
+	}
+	p.endpoints, p.ways, p.indices, p.current = nil, nil, nil, nil
+	p.also.Store(nil)
 }
 
 func (t *peers) unlist(e *endpoint) {
@@ -176,16 +196,27 @@ func (t *peers) path(k Key, to netip.AddrPort) *endpoint {
 	if p == nil {
 		return nil
 	}
-	p.pathed.Store(true)
 	e := t.paths[to]
 	if e == nil || e.peer != p {
 		e = newEndpoint(to, p)
-	} else if p.endpoints[len(p.endpoints)-1] == e {
-		return e
 	}
-	p.level.reset()
-	t.list(p, e)
+	if p.use(e) {
+		t.list(p, e)
+	}
 	return e
+}
+
+// use makes e the path of p, and reports whether it was not. Call with peers.mu
+// held.
+func (p *peer) use(e *endpoint) bool {
+	p.direct.Store(e.relay == nil)
+	p.pathed.Store(true)
+	if p.current == e {
+		return false
+	}
+	p.current = e
+	p.level.reset()
+	return true
 }
 
 // handle makes a dropping endpoint for k at a, with the peer's next port. A
@@ -198,12 +229,14 @@ func (t *peers) handle(k Key, a netip.Addr) *endpoint {
 		return nil
 	}
 	p.pathed.Store(false)
+	p.direct.Store(false)
 	if p.port == lastPort {
 		p.port = 0
 	}
 	p.port++
 	e := newEndpoint(netip.AddrPortFrom(a, p.port), p)
 	e.drop = true
+	p.current = e
 	t.list(p, e)
 	return e
 }

@@ -17,6 +17,7 @@ import (
 // and a path each.
 type assembly struct {
 	*receiver
+	socket  *intake
 	packets [][]byte
 	sizes   []int
 	eps     []conn.Endpoint
@@ -31,7 +32,9 @@ var (
 func newAssembly(c Config) *assembly {
 	table := newPeers()
 	table.set([]Peer{peerOf(keyA, true), peerOf(keyB, true)})
-	a := &assembly{receiver: newReceiver(newBind(c, table), nil), sizes: make([]int, batchSize), eps: make([]conn.Endpoint, batchSize)}
+	b := newBind(c, table)
+	in := newIntake(b, nil)
+	a := &assembly{receiver: newReceiver(b, in, nil), socket: in, sizes: make([]int, batchSize), eps: make([]conn.Endpoint, batchSize)}
 	for range 3 {
 		a.packets = append(a.packets, make([]byte, maxPacket))
 	}
@@ -45,12 +48,22 @@ func newAssembly(c Config) *assembly {
 // arrive makes data arrive, joined of datagrams of a size, and returns what is
 // delivered.
 func (a *assembly) arrive(from netip.AddrPort, data []byte, segment int) [][]byte {
-	a.count, a.next = 1, 0
-	a.msgs[0].size = uint32(copy(a.bufs[0], data))
-	a.names[0].put(from)
-	c := control{b: a.control[0][:0]}
+	a.socket.load(from, data, segment)
+	return a.drain()
+}
+
+// load puts a message at hand as recvmmsg would.
+func (r *intake) load(from netip.AddrPort, data []byte, segment int) {
+	r.count, r.at = 1, 0
+	r.msgs[0].size = uint32(copy(r.bufs[0], data))
+	r.names[0].put(from)
+	c := control{b: r.control[0][:0]}
 	binary.NativeEndian.PutUint32(c.add(unix.IPPROTO_UDP, unix.UDP_GRO, 4), uint32(segment))
-	a.msgs[0].head.SetControllen(len(c.b))
+	r.msgs[0].head.SetControllen(len(c.b))
+}
+
+// drain delivers all that is at hand.
+func (a *assembly) drain() [][]byte {
 	var out [][]byte
 	for n := a.deliver(a.packets, a.sizes, a.eps); n > 0; n = a.deliver(a.packets, a.sizes, a.eps) {
 		for i := range n {

@@ -4,14 +4,17 @@
 // netlink.
 //
 //	kernel route ─ TUN ─ wireguard-go seals ─ Bind.Send ─ UDP socket
-//	UDP socket ─ Bind ┬ STUN-shaped: Config.Receive, never wireguard-go
+//	UDP socket ─ Bind ┬ STUN-shaped, or from a relay: Config.Receive, never wireguard-go
+//	                  ├ flow header: taken off; the rest is as from a path of the peer
 //	                  ├ fragment: put together, then as WireGuard
 //	                  └ WireGuard: opens ─ TUN
 //
 // Peers that say so in their record (Large) get large messages: many packets in
 // one container (container.go), which the Bind cuts into fragments that fit the
 // path (fragment.go). To all others the format is WireGuard's own. A first byte
-// of 0x80 to 0x8f is a fragment; those above are reserved and dropped.
+// of 0x80 to 0x8f is a fragment, 0x90 the header of a flow through a relay
+// (ways.go), 0xa0 a message of a relay, 0xb0 a signal inside a flow; the others
+// above 0x80 are reserved and dropped.
 package tun
 
 import (
@@ -46,13 +49,21 @@ type Config struct {
 	// the whole process's. Where the environment sets GOMAXPROCS, that stays.
 	Processors bool
 
-	// Receive gets every STUN-shaped datagram, in the receiving goroutine, with
-	// the local address it arrived at (zero: unknown); b is valid during the
-	// call. It must not call back into the Device, but for Send.
+	// Receive gets every STUN-shaped datagram and every message of a relay (first
+	// byte 0xa0), in the receiving goroutine, with the local address it arrived at
+	// (zero: unknown). What is STUN-shaped or a signal (0xb0) in a flow comes
+	// without the flow's header, from the handle of SetWays. b is valid during the
+	// call. It must not call back into the Device, but for Send. It may be called
+	// by several goroutines at a time.
 	Receive func(b []byte, from netip.AddrPort, at netip.Addr)
 	// Demand is told when packets wait for a peer without a path, or are sent
 	// to a peer after a second of silence. It must not block.
 	Demand func(Key)
+	// SessionUnknown is told, at most once a second for each peer, when data of a
+	// session that is not known comes by a path of a peer with whom there was no
+	// session since SetPeers brought it: this side was restarted. Anybody may have
+	// sent it. For the call the same holds as for Receive.
+	SessionUnknown func(Key)
 
 	Log *slog.Logger // nil: silent
 }

@@ -44,13 +44,13 @@ func TestOwnProcess(t *testing.T) {
 		t.Errorf("%+v, %v", own, err)
 	}
 	sum := uint16(0)
-	used, err := (&tunnel{pids: []int{os.Getpid(), os.Getpid()}}).spend(func() error {
+	used, err := (&tunnel{pids: []int{os.Getpid(), os.Getpid()}, server: os.Getpid()}).spend(func() error {
 		for start := time.Now(); time.Since(start) < 100*time.Millisecond; {
 			sum += checksum([]byte{1, 2, 3, 4})
 		}
 		return nil
 	})
-	if err != nil || used.daemons[0] <= 0 || used.sum() < 1.5*used.daemons[0] || used.machine <= 0 {
+	if err != nil || used.daemons[0] <= 0 || used.sum() < 1.5*used.daemons[0] || used.sum() > 2.5*used.server || used.machine <= 0 {
 		t.Errorf("work %+v, %v after %d", used, err, sum)
 	}
 	space, err := os.Readlink("/proc/self/ns/net")

@@ -97,6 +97,8 @@ func known(verb string) []string {
 		all = b.cases()
 	case verbLoss:
 		all = b.lossCases()
+	case verbRelay:
+		all = b.relayCases()
 	case verbPaths:
 		for _, p := range b.places() {
 			all = append(all, p.cases...)

@@ -35,7 +35,9 @@ func verbs() map[string]func(context.Context, *options) error {
 		verbPaths:   comparePaths,
 		verbProfile: profile,
 		verbSoak:    soak,
+		verbRelay:   compareRelay,
 		verbPing:    answerPing,
+		verbPour:    pour,
 	}
 }
 

@@ -15,9 +15,11 @@ const (
 	verbPaths   = "paths"
 	verbProfile = "profile"
 	verbSoak    = "soak"
-	// verbPing is for the copy of this program that runs inside a host of
-	// the lab.
+	verbRelay   = "relay"
+	// verbPing and verbPour are for the copy of this program that runs inside
+	// a host of the lab.
 	verbPing = "ping"
+	verbPour = "pour"
 
 	defaultPairs   = 5
 	defaultSeconds = 10
@@ -56,7 +58,7 @@ type options struct {
 	minutes      float64 // soak
 	mbps         int     // soak
 
-	to          string // ping
+	to          string // ping, pour
 	every, wait time.Duration
 }
 
@@ -76,8 +78,11 @@ func parseOptions(args []string) (*options, error) {
 		o.verb, args = args[0], args[1:]
 	}
 	if verbs()[o.verb] == nil {
-		return nil, fmt.Errorf("unknown verb %q; there are %s, %s, %s, %s and %s", o.verb,
-			verbCompare, verbLoss, verbPaths, verbProfile, verbSoak)
+		return nil, fmt.Errorf("unknown verb %q; there are %s, %s, %s, %s, %s and %s", o.verb,
+			verbCompare, verbLoss, verbPaths, verbRelay, verbProfile, verbSoak)
+	}
+	if o.verb == verbRelay {
+		o.variants = relayVariants()
 	}
 	f := o.flags()
 	if err := f.Parse(args); err != nil {
@@ -95,10 +100,14 @@ func parseOptions(args []string) (*options, error) {
 // flags are those that mean something to the verb.
 func (o *options) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("bench "+o.verb, flag.ContinueOnError)
-	if o.verb == verbPing {
-		f.StringVar(&o.to, "to", "", "`address` to ping")
-		f.DurationVar(&o.every, "every", pingEvery, "time between two pings")
-		f.DurationVar(&o.wait, "for", time.Second, "how long to ping")
+	if o.verb == verbPing || o.verb == verbPour {
+		f.StringVar(&o.to, "to", "", "`address` to send to")
+		f.DurationVar(&o.wait, "for", time.Second, "how long to send")
+		if o.verb == verbPing {
+			f.DurationVar(&o.every, "every", pingEvery, "time between two pings")
+		} else {
+			f.IntVar(&o.mbps, "mbps", minMbps, "pace in Mbit/s")
+		}
 		// They have no meaning here, and are what check wants.
 		o.pairs, o.seconds, o.minutes = quickPairs, quickSeconds, defaultMinutes
 		return f
@@ -122,18 +131,28 @@ func (o *options) flags() *flag.FlagSet {
 		f.IntVar(&o.mbps, "mbps", 0, "pace of the TCP stream in Mbit/s, so that other work can run beside; 0 is none")
 	default:
 		f.IntVar(&o.pairs, "pairs", defaultPairs, "interleaved rounds of measurements")
-		f.Var(&o.variants, "variants", "what to compare, of raw, control, plain, overlay")
+		f.Var(&o.variants, "variants", "what to compare, of "+strings.Join(variantsOf(o.verb), ", "))
 		f.Var(&o.only, "only", "only these cases, of "+strings.Join(known(o.verb), ", "))
 		if o.verb == verbLoss {
 			f.Var(&o.settings, "settings", "only these settings of the line, of "+strings.Join(settingNames(), ", "))
 		}
 		f.BoolVar(&o.markdown, "markdown", false, "print the table as Markdown")
-		f.BoolFunc("control", "compare raw with raw: the noise of this machine", func(string) error {
-			o.variants = list{variantRaw, variantControl}
-			return nil
-		})
+		if o.verb != verbRelay {
+			f.BoolFunc("control", "compare raw with raw: the noise of this machine", func(string) error {
+				o.variants = list{variantRaw, variantControl}
+				return nil
+			})
+		}
 	}
 	return f
+}
+
+// variantsOf are what a verb can compare.
+func variantsOf(verb string) list {
+	if verb == verbRelay {
+		return relayVariants()
+	}
+	return list{variantRaw, variantControl, variantPlain, variantOverlay}
 }
 
 func (o *options) check() error {
@@ -146,7 +165,7 @@ func (o *options) check() error {
 	if o.mbps != 0 && (o.mbps < minMbps || o.mbps > maxMbps) {
 		return fmt.Errorf("mbps must be 0, for no pace, or %d to %d", minMbps, maxMbps)
 	}
-	all := []string{variantRaw, variantControl, variantPlain, variantOverlay}
+	all := variantsOf(o.verb)
 	for i, v := range o.variants {
 		if !slices.Contains(all, v) || slices.Contains(o.variants[:i], v) {
 			return fmt.Errorf("variant %q is unknown or named twice; there are %s", v, strings.Join(all, ", "))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -49,11 +50,11 @@ func findProcess(space, program string) (int, error) {
 	return found, nil
 }
 
-// work is CPU time in seconds: of each daemon of a tunnel, and of the whole
-// machine.
+// work is CPU time in seconds: of each daemon of a tunnel, of its server, if it
+// has one, and of the whole machine.
 type work struct {
-	daemons []float64
-	machine float64
+	daemons         []float64
+	server, machine float64
 }
 
 // sum is the time of all daemons.
@@ -66,14 +67,18 @@ func (w work) sum() (all float64) {
 
 // spend says what is used while f runs.
 func (t *tunnel) spend(f func() error) (work, error) {
-	before, err := workOf(t.pids)
+	pids := t.pids
+	if t.server > 0 {
+		pids = append(slices.Clone(pids), t.server)
+	}
+	before, err := workOf(pids)
 	if err != nil {
 		return work{}, err
 	}
 	if err := f(); err != nil {
 		return work{}, err
 	}
-	used, err := workOf(t.pids)
+	used, err := workOf(pids)
 	if err != nil {
 		return work{}, err
 	}
@@ -81,6 +86,9 @@ func (t *tunnel) spend(f func() error) (work, error) {
 		used.daemons[i] -= before.daemons[i]
 	}
 	used.machine -= before.machine
+	if last := len(t.pids); t.server > 0 {
+		used.daemons, used.server = used.daemons[:last], used.daemons[last]
+	}
 	return used, nil
 }
 

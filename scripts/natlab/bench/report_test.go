@@ -2,6 +2,7 @@ package main
 
 import (
 	"math"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -103,7 +104,7 @@ func TestMedian(t *testing.T) {
 // that no figure takes the place of another.
 func TestRowsAreFilled(t *testing.T) {
 	b := &bench{}
-	all := append(b.cases(), b.lossCases()...)
+	all := slices.Concat(b.cases(), b.lossCases(), b.relayCases())
 	for _, p := range b.places() {
 		all = append(all, p.cases...)
 	}
@@ -133,6 +134,10 @@ func TestFlowNote(t *testing.T) {
 		if math.Abs(s[m]-x) > 1e-9 {
 			t.Errorf("%s is %v, not %v", m, s[m], x)
 		}
+	}
+	f.server, used.server = true, 1
+	if err := f.note(s, used, iperfSum{Bytes: 2e9}); err != nil || s["tcpBothServerSecondsPerGB"] != 0.5 {
+		t.Errorf("the server used %v s/GB, %v", s["tcpBothServerSecondsPerGB"], err)
 	}
 	if err := f.note(s, used, iperfSum{}); err == nil {
 		t.Error("nothing arrived, and nobody complains")

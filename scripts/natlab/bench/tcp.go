@@ -20,17 +20,22 @@ type flowCase struct {
 	name, prefix, label, congestion string
 	args                            []string
 	ipv6                            bool
+	server                          bool // what the server uses counts, too
 }
 
 func (f flowCase) metric(suffix string) metric { return metric(f.prefix + suffix) }
 
 func (f flowCase) rows() []row {
-	return []row{
+	rows := []row{
 		{f.metric("Gbps"), f.label + ", Gbit/s"},
 		{f.metric("DaemonSecondsPerGB"), "  daemons, CPU s/GB"},
 		{f.metric("MachineSecondsPerGB"), "  machine, CPU s/GB"},
 		{f.metric("Retransmits"), "  segments sent again"},
 	}
+	if f.server {
+		rows = append(rows, row{f.metric("ServerSecondsPerGB"), "  server, CPU s/GB"})
+	}
+	return rows
 }
 
 // note takes down what was carried in some CPU time.
@@ -45,6 +50,9 @@ func (f flowCase) note(s sample, used work, received ...iperfSum) error {
 	s[f.metric("Gbps")] = speed / gigabyte
 	s[f.metric("DaemonSecondsPerGB")] = used.sum() / (bytes / gigabyte)
 	s[f.metric("MachineSecondsPerGB")] = used.machine / (bytes / gigabyte)
+	if f.server {
+		s[f.metric("ServerSecondsPerGB")] = used.server / (bytes / gigabyte)
+	}
 	return nil
 }
 

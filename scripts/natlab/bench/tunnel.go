@@ -39,6 +39,7 @@ type tunnel struct {
 	// each host.
 	addrs, addrs6 []netip.Addr
 	pids          []int
+	server        int // the process of its server; 0 is none
 }
 
 // build makes every variant its own hosts and its own tunnel, all alike.

@@ -62,6 +62,10 @@ func (s *Server) join(c call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	relay := q.Role == trust.RoleRelay.String()
+	if !relay && q.Role != "" {
+		return nil, refuse(coord.CodeBadRequest, "there is no role %.20q", q.Role)
+	}
 	err = c.prove(q.Invite, q.WireGuard, q.Proofs)
 	if errors.Is(err, errInviteProof) {
 		err = refuse(coord.CodeBadProof, "%v", err)
@@ -69,7 +73,7 @@ func (s *Server) join(c call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := applicant{device: c.device, invite: q.Invite, wireguard: q.WireGuard, name: q.Name, exact: q.Exact}
+	a := applicant{device: c.device, invite: q.Invite, wireguard: q.WireGuard, name: q.Name, exact: q.Exact, relay: relay}
 	reply, err := s.registry.reserve(c.r.Context(), a)
 	if err != nil {
 		return nil, err

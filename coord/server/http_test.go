@@ -72,6 +72,7 @@ func TestRequestsAreStrict(t *testing.T) {
 		"wrong method":   {head("DELETE /v1/nodes", "1", ""), 400, coord.CodeBadRequest},
 		"no upgrade":     {head("GET /v1/stream", "1", ""), 400, coord.CodeBadRequest},
 		"low-order key":  {head("POST /v1/join", "1", `{"wireguard":"`+trust.Key{}.String()+`"}`), 400, coord.CodeBadKey},
+		"no such role":   {head("POST /v1/join", "1", `{"role":"king"}`), 400, coord.CodeBadRequest},
 		"no proof":       {head("POST /v1/join", "1", `{"wireguard":"`+wireguardOf(newNode(t)).String()+`"}`), 403, coord.CodeBadProof},
 		"nothing to own": {head("POST /v1/own", "1", `{}`), 400, coord.CodeBadRequest},
 	} {

@@ -1,6 +1,8 @@
 package server
 
 import (
+	"bytes"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -40,6 +42,50 @@ func TestFoundAndJoin(t *testing.T) {
 	if !slices.Equal(names, []string{"anna", "bob", "bob-2"}) || !slices.Equal(by, []string{"the owner invite", "anna", "anna"}) {
 		t.Error(names, by)
 	}
+}
+
+// A relay joins by an invite with its tag. Another invite is not spent on it.
+func TestJoinAsRelay(t *testing.T) {
+	s := start(t, t.TempDir())
+	o := found(t, s)
+	r, plain := newNode(t), o.invite(t, nil)
+	asRelay := func(i coord.Invite) (err error) {
+		r.member, err = coord.Join(t.Context(), coord.JoinConfig{
+			Invite: i, Device: r.device, WireGuard: r.wireguard, Name: "relay-1", Role: trust.RoleRelay,
+		}, nil)
+		return err
+	}
+	wantCode(t, asRelay(plain), coord.CodeNotRelay)
+	if err := newNode(t).join(t, plain, "bob"); err != nil {
+		t.Error("the invite was spent:", err)
+	}
+	tagged := o.invite(t, func(c *trust.InviteCap) { c.Uses, c.Tags = 2, []string{trust.RelayTag} })
+	if err := asRelay(tagged); err != nil {
+		t.Fatal(err)
+	}
+	cert := r.member.Cert
+	wantCode(t, r.join(t, tagged, "relay-1"), coord.CodeBadRequest) // it cannot be a node as well
+	if err := newNode(t).join(t, tagged, "carl"); err != nil {
+		t.Error("a node by that invite:", err)
+	}
+	list, err := o.dial(t, o.server).Nodes(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	roles := map[string]string{}
+	for _, n := range list.Nodes {
+		roles[n.Name] = n.Role
+	}
+	if want := map[string]string{"anna": "node", "bob": "node", "carl": "node", "relay-1": "relay"}; !maps.Equal(roles, want) {
+		t.Errorf("roles %v", roles)
+	}
+	_, netmap := o.follow(t, o.server, "")
+	for _, n := range netmap.Netmap.Nodes {
+		if n.Device == public(r.device) && bytes.Equal(n.Cert, cert) {
+			return
+		}
+	}
+	t.Error("the relay is not in the netmap")
 }
 
 func TestRepeatGivesTheSame(t *testing.T) {

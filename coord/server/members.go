@@ -42,7 +42,8 @@ func (r *registry) commit(ctx context.Context, device trust.Key, doc trust.Docum
 		if out, err = r.countersign(t, n, doc, now); err != nil {
 			return err
 		}
-		n.Cert, n.Joined, n.IP6, n.Tags = out, now, cert.IP6, cert.Tags
+		n.Cert, n.Joined, n.IP6 = out, now, cert.IP6
+		n.Tags, n.Role = cert.Tags, cert.Role
 		t.put(keyNode+text(device), n)
 		t.del(expireKey(n.Reserved.Add(reservationTime), device))
 		return nil
@@ -64,8 +65,6 @@ func matches(n nodeRecord, c trust.NodeCert) error {
 		return fmt.Errorf("its name is %q, reserved is %q", c.Name, n.Name)
 	case c.IP4 != n.IP4:
 		return fmt.Errorf("its address is %v, reserved is %v", c.IP4, n.IP4)
-	case c.Role != trust.RoleNode:
-		return errors.New("its role is not that of a node")
 	}
 	return nil
 }
@@ -314,7 +313,7 @@ func (r *registry) nodes(ctx context.Context, device trust.Key) ([]coord.NodeInf
 		}
 		infos = append(infos, coord.NodeInfo{
 			Name: n.Name, IP4: n.IP4, IP6: n.IP6, WireGuard: n.WireGuard, Device: n.Device,
-			Tags: n.Tags, Joined: n.Joined, InvitedBy: n.InvitedBy,
+			Tags: n.Tags, Role: n.role().String(), Joined: n.Joined, InvitedBy: n.InvitedBy,
 		})
 	}
 	slices.SortFunc(infos, func(a, b coord.NodeInfo) int { return strings.Compare(a.Name, b.Name) })

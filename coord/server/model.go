@@ -92,6 +92,7 @@ type nodeRecord struct {
 	IP4       netip.Addr     `json:"ip4"`
 	IP6       netip.Addr     `json:"ip6,omitzero"` // of a member
 	Tags      []string       `json:"tags,omitempty"`
+	Role      trust.Role     `json:"role,omitempty"` // of a member; 0: from before there were relays
 	Cap       trust.Document `json:"cap"`
 	Cert      trust.Document `json:"cert,omitempty"` // countersigned
 	Reserved  time.Time      `json:"reserved"`
@@ -100,6 +101,9 @@ type nodeRecord struct {
 }
 
 func (n nodeRecord) member() bool { return len(n.Cert) > 0 && n.Left.IsZero() }
+
+// role is what a member does in the mesh.
+func (n nodeRecord) role() trust.Role { return cmp.Or(n.Role, trust.RoleNode) }
 
 // claim says who holds something.
 type claim struct {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"overlay/coord"
@@ -39,6 +40,7 @@ type applicant struct {
 	wireguard trust.Key
 	name      string
 	exact     bool
+	relay     bool // it wants to be one
 }
 
 // ownerInvite gives the owner invite, open or used, that founders must hold.
@@ -78,7 +80,7 @@ func (r *registry) putMesh(t *txn, a applicant, q coord.OwnRequest, f founding) 
 	now := r.now().UTC()
 	n := nodeRecord{
 		Device: a.device, WireGuard: a.wireguard, Invite: f.cert.Invite, InvitedBy: "the owner invite",
-		Name: f.cert.Name, IP4: f.cert.IP4, IP6: f.cert.IP6, Tags: f.cert.Tags,
+		Name: f.cert.Name, IP4: f.cert.IP4, IP6: f.cert.IP6, Tags: f.cert.Tags, Role: f.cert.Role,
 		Cap: q.Cap, Cert: f.countersigned, Reserved: now, Joined: now,
 	}
 	t.put(keyMesh, meshRecord{
@@ -144,6 +146,9 @@ func (r *registry) checkFounding(a applicant, q coord.OwnRequest) (founding, err
 	}
 	if cert.Device != a.device || cert.WireGuard != a.wireguard {
 		return founding{}, bad(errors.New("its certificate is another device's"))
+	}
+	if cert.Role != trust.RoleNode {
+		return founding{}, bad(errors.New("its first device is no node"))
 	}
 	return founding{state: state, cert: cert, countersigned: countersigned}, nil
 }
@@ -220,6 +225,10 @@ func (r *registry) reserveNew(t *txn, a applicant, mesh meshRecord) (nodeRecord,
 	invite, granted, err := r.openInvite(t, a, now)
 	if err != nil {
 		return nodeRecord{}, err
+	}
+	if a.relay && !slices.Contains(granted.Tags, trust.RelayTag) {
+		return nodeRecord{}, hinted(refuse(coord.CodeNotRelay, "this invite does not admit a relay"),
+			"make one with: overlay invite --tag %s", trust.RelayTag)
 	}
 	if _, taken := get[claim](t, keyWireGuard+text(a.wireguard)); taken {
 		return nodeRecord{}, refuse(coord.CodeBadKey, "this WireGuard key belongs to another device")

@@ -87,6 +87,9 @@ func (a *Agent) allowed(addr netip.AddrPort) bool {
 // eligible reports whether checks on a pair make sense now: private addresses
 // only where both sides are at the same site.
 func (a *Agent) eligible(p *peer, q *pair) bool {
+	if q.relayed() {
+		return true
+	}
 	if !a.allowed(q.addr) {
 		return false
 	}

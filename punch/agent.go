@@ -61,6 +61,7 @@ type transaction struct {
 	server *server // where to
 	at     time.Time
 	ping   chan<- Path // nil: nobody waits
+	lost   bool        // it said that we have no session
 }
 
 var (
@@ -289,8 +290,9 @@ func (a *Agent) Demand(k Key) {
 	p.activeUntil = now.Add(activeFor)
 	a.activeUntil = later(a.activeUntil, p.activeUntil)
 	switch {
-	case p.selected == nil:
+	case p.selected == nil || p.selected.relayed():
 		p.wantCall = p.wantCall || pause
+		p.wantProbe = p.wantProbe || now.Sub(p.received) > consentInterval
 	case now.Sub(p.received) > consentInterval:
 		p.wantProbe = true
 	}
@@ -308,7 +310,8 @@ func (a *Agent) NetworkChanged() {
 
 // networkChanged is NetworkChanged with the families of which an address of ours
 // was lost. Their paths through NATs end at once: data sent from the new address
-// would reach the peer's NAT unasked.
+// would reach the peer's NAT unasked. Relays take over where there are some,
+// although they, too, have to answer anew.
 func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 	for _, s := range a.servers {
 		s.fresh = false
@@ -330,10 +333,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 			p.wantCall = true
 			a.queue.set(p, now)
 		}
-		if p.selected != nil && lost[family(p.selected.addr)] && !a.near(p.selected.addr) {
-			p.selected, p.moved = nil, true
-			a.announce(Path{Peer: p.key})
-		}
+		a.leave(p, now, lost)
 	}
 	a.notify()
 }

@@ -43,7 +43,7 @@ func family(addr netip.AddrPort) int {
 // needs. Verified pairs are exempt, unless the network changed and nothing flows
 // there anyway.
 func (a *Agent) held(p *peer, q *pair, now time.Time) bool {
-	if !now.Before(p.holdUntil) || a.near(q.addr) {
+	if !now.Before(p.holdUntil) || a.near(q.addr) || q.relayed() {
 		return false
 	}
 	stranger := q.suspect && p.uncertain && (p.moved || !p.active(now))
@@ -92,6 +92,7 @@ func (a *Agent) call(p *peer, now time.Time) {
 	}
 	p.called = now
 	p.calls++
+	p.seek(now)
 	p.backoff = min(max(p.backoff, minBackoff), maxBackoff)
 	p.retryAt = now.Add(p.backoff)
 	a.freshen(now, staleAfter)
@@ -104,14 +105,17 @@ func (a *Agent) call(p *peer, now time.Time) {
 }
 
 // open sends openers and starts the cadence on the pairs, or on those only that
-// were never part of a round.
+// were never part of a round. A relay needs no opener.
 func (a *Agent) open(p *peer, now time.Time, untried bool) {
 	for _, q := range p.pairs {
 		if untried && q.tried || !a.eligible(p, q) || q.typ == PeerReflexive && !q.valid {
 			continue
 		}
-		opened := now.Sub(q.sent) < openerPause
-		if !a.near(q.addr) && !opened && (!q.valid || q.suspect) {
+		if q.relayed() && !q.reachable() {
+			continue
+		}
+		opened := now.Sub(q.sent) < openerPause || q.relayed() || a.near(q.addr)
+		if !opened && (!q.valid || q.suspect) {
 			a.sendCheck(p, q, outgoing{now: now, from: q.from(), ttl: openerTTL})
 		}
 		q.tried = true
@@ -159,7 +163,7 @@ func (a *Agent) answerCall(p *peer, now time.Time) {
 	p.wantAnswer = false
 	p.postpone(now)
 	for _, q := range p.pairs {
-		q.asked = true
+		q.asked = !q.relayed()
 	}
 	if a.unknown(p, now) && now.Sub(p.called) > recallAfter && p.talk.ready(now, signalRate) {
 		a.call(p, now)
@@ -198,7 +202,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		candidates: a.own,
 	}
 	for _, q := range p.pairs {
-		if !a.near(q.addr) && !q.sent.IsZero() && now.Sub(q.sent) < openFor {
+		if !a.near(q.addr) && !q.relayed() && !q.sent.IsZero() && now.Sub(q.sent) < openFor {
 			s.opened = append(s.opened, q.addr)
 		}
 	}
@@ -223,6 +227,7 @@ type outgoing struct {
 	from netip.Addr  // zero: the system chooses
 	ttl  int         // 0: the default
 	ping chan<- Path // gets the answer; nil: nobody waits
+	lost bool        // says that we have no session
 }
 
 // sendCheck sends a check on a pair if the limits allow it.
@@ -231,7 +236,7 @@ func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
 		return
 	}
 	p.counter++
-	c := check{id: stun.NewTransactionID(), user: p.name, boot: a.boot, counter: p.counter}
+	c := check{id: stun.NewTransactionID(), user: p.name, boot: a.boot, counter: p.counter, lost: how.lost}
 	b, err := c.marshal(p.secrets.check)
 	if err != nil {
 		a.log.Error("check not built", "err", err)
@@ -242,7 +247,8 @@ func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
 		q.waiting = q.waiting[1:]
 	}
 	q.waiting = append(q.waiting, c.id)
-	a.sent[c.id] = transaction{peer: p, pair: q, at: how.now, ping: how.ping}
+	a.sent[c.id] = transaction{peer: p, pair: q, at: how.now, ping: how.ping, lost: how.lost}
+	q.expect(how.now)
 	a.post(p, q, datagram{b: b, to: q.addr, from: how.from, ttl: how.ttl}, how.now)
 }
 

@@ -12,21 +12,24 @@ import (
 // errShape is what is wrong with a STUN message that is not ours.
 var errShape = errors.New("not a message of ours")
 
-// A check is a Binding request (RFC 8489). All lengths are fixed: 76 bytes. The
-// answer is 56 bytes for IPv4 and 68 for IPv6, so never longer.
+// A check is a Binding request (RFC 8489). All lengths are fixed: 76 bytes, 80
+// with SESSION-LOST. The answer is 56 bytes for IPv4 and 68 for IPv6, so never
+// longer.
 //
 //	request                                 answer
 //	+--------------------------------+      +--------------------------------+
 //	| STUN header                 20 |      | STUN header, same id        20 |
 //	| USERNAME: HMAC of nonce   4+8  |      | XOR-MAPPED-ADDRESS   4+8, 4+20 |
 //	| SEQUENCE: boot, counter   4+16 |      | MESSAGE-INTEGRITY         4+20 |
-//	| MESSAGE-INTEGRITY         4+20 |      +--------------------------------+
+//	| SESSION-LOST, seldom      4    |      +--------------------------------+
+//	| MESSAGE-INTEGRITY         4+20 |
 //	+--------------------------------+
 type check struct {
 	id      transactionID
 	user    user
 	boot    uint64
 	counter uint64
+	lost    bool // the sender has no session with the receiver
 }
 
 type transactionID = [stun.TransactionIDSize]byte
@@ -35,10 +38,15 @@ func (c check) marshal(key []byte) ([]byte, error) {
 	var sequence [sequenceSize]byte
 	binary.BigEndian.PutUint64(sequence[:8], c.boot)
 	binary.BigEndian.PutUint64(sequence[8:], c.counter)
-	m, err := stun.Build(stun.NewTransactionIDSetter(c.id), stun.BindingRequest,
+	setters := []stun.Setter{
+		stun.NewTransactionIDSetter(c.id), stun.BindingRequest,
 		stun.Username(c.user[:]),
 		stun.RawAttribute{Type: AttrSequence, Value: sequence[:]},
-		stun.MessageIntegrity(key))
+	}
+	if c.lost {
+		setters = append(setters, stun.RawAttribute{Type: AttrSessionLost})
+	}
+	m, err := stun.Build(append(setters, stun.MessageIntegrity(key))...)
 	if err != nil {
 		return nil, fmt.Errorf("build check: %w", err)
 	}
@@ -80,6 +88,8 @@ func wellFormed(attr stun.RawAttribute) bool {
 		return len(attr.Value) <= MaxToken
 	case AttrSequence:
 		return len(attr.Value) == sequenceSize
+	case AttrSessionLost:
+		return len(attr.Value) == 0
 	case stun.AttrUsername, stun.AttrMappedAddress:
 		return true
 	}
@@ -100,6 +110,7 @@ func checkOf(m *stun.Message) (check, error) {
 	}
 	c.boot = binary.BigEndian.Uint64(sequence[:8])
 	c.counter = binary.BigEndian.Uint64(sequence[8:])
+	c.lost = m.Contains(AttrSessionLost)
 	return c, nil
 }
 

@@ -97,10 +97,10 @@ func (a *Agent) SetServers(list []Server) {
 	a.notify()
 }
 
-// callLost calls the wanted peers that have no living path.
+// callLost calls the wanted peers that have no living direct path.
 func (a *Agent) callLost(now time.Time) {
 	for _, p := range a.peers {
-		if (p.selected == nil || p.selected.suspect) && p.wanted(now) {
+		if p.direct() == nil && p.wanted(now) {
 			p.wantCall = true
 			a.queue.set(p, now)
 		}

@@ -36,7 +36,8 @@ const (
 	quiet = 200 * time.Millisecond
 	// recent is how old the answer of a path may be that takes over.
 	recent = 15 * time.Second
-	// giveUp is how long calling may fail while data is sent into nothing.
+	// giveUp is how long calling may fail while data is sent into nothing, and how
+	// long a direct path that a relay took over from gets copies.
 	giveUp = 5 * time.Second
 	// remember is how long a pair that stopped answering stays valid.
 	remember = 2 * time.Minute
@@ -53,7 +54,9 @@ type probe struct {
 	began    time.Time // zero: none
 	again    time.Time
 	early    time.Time // from here another path that answered wins; zero: never
+	doubt    time.Time // from here a relay gets copies
 	deadline time.Time
+	strict   bool // on a relay: only an answer ends it, not data
 }
 
 // observe takes the counters of the data plane.
@@ -72,7 +75,11 @@ func (p *peer) observe(seen Activity, now time.Time) {
 	}
 	if seen.Received != old.Received {
 		p.receive(now)
-		if !p.uncertain {
+		proven := !p.uncertain
+		if p.selected != nil && p.selected.relayed() {
+			proven = !p.probe.strict
+		}
+		if proven {
 			p.clear()
 		}
 	}
@@ -84,23 +91,31 @@ func (p *peer) receive(now time.Time) {
 	p.sendingFrom = time.Time{}
 }
 
-// clear lifts every suspicion from the selected path.
+// clear lifts every suspicion from the selected path. When that is a relay, the
+// search for a direct one goes on.
 func (p *peer) clear() {
 	p.probe = probe{}
-	p.uncertain, p.moved = false, false
 	p.suspectSince = time.Time{}
-	if p.selected == nil {
-		return
+	if p.selected != nil {
+		p.selected.suspect = false
+		if p.selected.relayed() {
+			return
+		}
+		p.wantCall = false
+		p.backoff, p.retryAt = 0, time.Time{}
+		p.search = Attempt{}
 	}
-	p.selected.suspect = false
-	p.wantCall = false
-	p.backoff, p.retryAt = 0, time.Time{}
+	p.uncertain, p.moved = false, false
 }
 
 // step does what is due for a peer.
 func (a *Agent) step(p *peer, now time.Time) {
+	a.relayFirst(p, now)
 	a.watch(p, now)
 	a.expire(p, now)
+	a.endCopies(p, now)
+	a.reportLate(p, now)
+	a.sendHint(p, now)
 	if p.wantAnswer {
 		a.answerCall(p, now)
 	}
@@ -108,7 +123,7 @@ func (a *Agent) step(p *peer, now time.Time) {
 		p.wantOpen = false
 		a.open(p, now, true)
 	}
-	failing := p.selected == nil || p.selected.suspect
+	failing := p.direct() == nil
 	p.wantCall = p.wantCall && failing
 	if !p.retryAt.IsZero() && !now.Before(p.retryAt) {
 		p.retryAt = time.Time{}
@@ -132,7 +147,7 @@ func (a *Agent) watch(p *peer, now time.Time) {
 	}
 	active := p.active(now)
 	silent := active && !p.sendingFrom.IsZero() && now.Sub(p.sendingFrom) >= silence
-	idle := !active && !a.near(p.selected.addr) && now.Sub(p.sentAt) >= keepalive
+	idle := !active && a.kept(p.selected) && now.Sub(p.sentAt) >= keepalive
 	if wanted || silent || idle {
 		p.startProbe(now)
 	}
@@ -142,6 +157,9 @@ func (a *Agent) watch(p *peer, now time.Time) {
 	a.driveProbe(p, now)
 }
 
+// kept reports whether a path needs keepalives.
+func (a *Agent) kept(q *pair) bool { return !a.near(q.addr) && !q.relayed() }
+
 // consent checks every path that may be of use.
 func (a *Agent) consent(p *peer, now time.Time) {
 	p.consentAt = now
@@ -149,7 +167,7 @@ func (a *Agent) consent(p *peer, now time.Time) {
 		if q != p.selected && now.Sub(q.answered) > remember {
 			q.valid = false
 		}
-		if q.valid {
+		if q.valid || q.relayed() && q.reachable() {
 			a.sendCheck(p, q, outgoing{now: now, from: q.from()})
 		}
 	}
@@ -159,21 +177,32 @@ func (p *peer) startProbe(now time.Time) {
 	if p.selected == nil || p.selected.suspect || !p.probe.began.IsZero() {
 		return
 	}
-	deadline := max(3*p.selected.rtt, minDeadline)
-	p.probe = probe{began: now, again: now, deadline: now.Add(deadline)}
+	rtt := p.selected.expected()
+	p.probe = probe{
+		began: now, again: now,
+		doubt:    now.Add(max(2*rtt, minDoubt)),
+		deadline: now.Add(max(3*rtt, minDeadline)),
+	}
 }
 
 func (a *Agent) driveProbe(p *peer, now time.Time) {
 	switch {
 	case p.probe.began.IsZero():
-	case !now.Before(p.probe.deadline):
+		return
+	case !now.Before(p.probe.deadline), p.probe.lost(now) && p.rival(p.probe.began) != nil:
 		a.suspect(p, now)
-	case p.probe.lost(now) && p.rival(p.probe.began) != nil:
-		a.suspect(p, now)
-	case !now.Before(p.probe.again):
-		a.sendCheck(p, p.selected, outgoing{now: now, from: p.selected.from()})
-		p.probe.again = later(now.Add(probeGap), p.probe.began.Add(p.selected.rtt+probeMargin))
+		return
+	case !now.Before(p.probe.doubt):
+		a.doubt(p, now)
 	}
+	if now.Before(p.probe.again) {
+		return
+	}
+	a.sendCheck(p, p.selected, outgoing{now: now, from: p.selected.from()})
+	if q := p.copying.to; q != nil && q.relayed() {
+		a.sendCheck(p, q, outgoing{now: now}) // which has the peer doubt its path, too
+	}
+	p.probe.again = later(now.Add(probeGap), p.probe.began.Add(p.selected.expected()+probeMargin))
 }
 
 // lost reports whether the check is late compared with another path.
@@ -181,30 +210,39 @@ func (b probe) lost(now time.Time) bool {
 	return !b.early.IsZero() && !now.Before(b.early)
 }
 
-// suspect gives up trust in the selected path: another one that answers takes
-// over now, and everything is tried again.
+// suspect gives up trust in the selected path: another one that answers, or a
+// relay, takes over now, and everything is tried again.
 func (a *Agent) suspect(p *peer, now time.Time) {
-	a.log.Debug("path suspect", "peer", p, "addr", p.selected.addr)
-	p.selected.suspect = true
+	s := p.selected
+	a.log.Debug("path suspect", "peer", p, "addr", s.addr)
+	s.suspect = true
 	p.suspectSince = now
 	p.probe = probe{}
-	a.freshen(now, min(doubtAfter, now.Sub(p.received)))
-	if p.talk.ready(now, signalRate) {
-		a.call(p, now)
-	} else {
-		p.wantCall = true
+	if !s.relayed() {
+		a.freshen(now, min(doubtAfter, now.Sub(p.received)))
+		if p.talk.ready(now, signalRate) {
+			a.call(p, now)
+		} else {
+			p.wantCall = true
+		}
 	}
-	if q := p.rival(now.Add(-recent)); q != nil {
-		a.choose(p, q)
+	q := p.rival(now.Add(-recent))
+	if q == nil {
+		q = p.fallback()
+	}
+	if q != nil {
+		a.choose(p, q, now)
 		p.wantProbe = true
+	} else if p.copying.to != nil {
+		p.copying.until = now.Add(giveUp)
 	}
 }
 
-// rival returns the best other pair that answered after since.
+// rival returns the best other direct pair that answered after since.
 func (p *peer) rival(since time.Time) *pair {
 	var best *pair
 	for _, q := range p.pairs {
-		if q == p.selected || !q.valid || q.suspect || q.answered.Before(since) {
+		if q == p.selected || q.relayed() || !q.valid || q.suspect || q.answered.Before(since) {
 			continue
 		}
 		if best == nil || q.rtt < best.rtt {
@@ -217,18 +255,26 @@ func (p *peer) rival(since time.Time) *pair {
 // hear notes an authenticated message of the peer from q. When that is not the
 // path we use, and ours is silent, ours has to answer a check, whatever data
 // arrives; when q is new (the peer moved), ours loses to it as soon
-// as its answer is late.
+// as its answer is late. What comes directly says nothing about a relay of ours,
+// and what comes over a relay does not mean that the peer moved.
 func (p *peer) hear(q *pair, now time.Time) {
 	if !q.valid && now.Sub(q.heard) > 2*consentInterval {
 		q.since = now
 	}
 	q.heard = now
 	s := p.selected
-	if s == nil || s == q || now.Sub(s.heard) <= quiet {
+	if s == nil || s == q || now.Sub(s.heard) <= quiet || s.relayed() && !q.relayed() {
 		return
 	}
 	p.startProbe(now)
+	if s.relayed() {
+		p.probe.strict = true
+		return
+	}
 	p.uncertain = true
+	if q.relayed() {
+		return
+	}
 	if !p.probe.began.IsZero() && p.probe.early.IsZero() && now.Sub(q.since) <= quiet {
 		p.probe.early = now.Add(s.rtt + max(4*s.varied, minMargin))
 	}
@@ -245,14 +291,15 @@ func (a *Agent) expire(p *peer, now time.Time) {
 	if !sending && p.online && now.Sub(p.received) < consentExpiry {
 		return
 	}
+	if q.relayed() && p.wanted(now) { // there is nothing better
+		return
+	}
 	a.log.Debug("path lost", "peer", p, "addr", q.addr)
 	p.clear()
-	p.selected = nil
 	for _, q := range p.pairs {
 		q.valid, q.suspect, q.samples = false, false, 0
 	}
-	p.wantCall = p.wanted(now)
-	a.announce(Path{Peer: p.key})
+	a.drop(p, now)
 }
 
 // accept takes the answer to a check, which arrived at an address of ours: the
@@ -260,6 +307,9 @@ func (a *Agent) expire(p *peer, now time.Time) {
 func (a *Agent) accept(t transaction, at netip.Addr, now time.Time) {
 	p, q := t.peer, t.pair
 	p.hear(q, now)
+	if q.relayed() {
+		at, q.late = netip.Addr{}, time.Time{}
+	}
 	rerouted := q.local != at && !q.from().IsValid()
 	if rerouted {
 		q.local = at
@@ -275,7 +325,10 @@ func (a *Agent) accept(t transaction, at netip.Addr, now time.Time) {
 		a.announce(p.path())
 		fallthrough
 	default:
-		p.clear()
+		a.confirm(p, t.at)
+	}
+	if t.lost {
+		p.hint.next = time.Time{}
 	}
 	if t.ping != nil {
 		path := Path{Peer: p.key, Addr: q.addr, Local: q.local, Type: q.typ, RTT: now.Sub(t.at)}
@@ -309,8 +362,14 @@ func (q *pair) measure(rtt time.Duration) {
 // compare chooses between the selected pair and one that just answered.
 func (a *Agent) compare(p *peer, q *pair, now time.Time) {
 	s := p.selected
-	if s == nil || s.suspect || p.probe.lost(now) {
-		a.choose(p, q)
+	switch {
+	case s == nil || s.suspect, s.relayed() && (!q.relayed() || !s.valid):
+		a.choose(p, q, now)
+		return
+	case q.relayed() && !s.relayed():
+		return
+	case p.probe.lost(now):
+		a.choose(p, q, now)
 		return
 	}
 	mine, other := a.cost(s), a.cost(q)
@@ -319,7 +378,7 @@ func (a *Agent) compare(p *peer, q *pair, now time.Time) {
 		return
 	}
 	if q.better++; q.better >= minSamples {
-		a.choose(p, q)
+		a.choose(p, q, now)
 	}
 }
 
@@ -331,9 +390,16 @@ func (a *Agent) cost(q *pair) time.Duration {
 }
 
 // choose makes q the path of p.
-func (a *Agent) choose(p *peer, q *pair) {
+func (a *Agent) choose(p *peer, q *pair, now time.Time) {
+	old := p.selected
 	p.selected = q
-	p.clear()
+	if q.relayed() { // it may not have answered
+		p.probe = probe{}
+		p.suspectSince = now
+	} else {
+		p.clear()
+	}
+	p.handOver(old, now)
 	p.sendingFrom = time.Time{}
 	p.consentAt = q.answered
 	p.sentAt = q.sent
@@ -359,9 +425,9 @@ func (p *peer) next(a *Agent, now time.Time) time.Time {
 	if p.wantProbe {
 		return now
 	}
-	next := p.retryAt
+	next := earliest(p.retryAt, p.copying.until)
 	for _, q := range p.pairs {
-		next = earliest(next, q.next)
+		next = earliest(next, q.next, q.late)
 	}
 	if p.wantCall {
 		next = earliest(next, now.Add(p.talk.wait(signalRate)))
@@ -369,22 +435,32 @@ func (p *peer) next(a *Agent, now time.Time) time.Time {
 	if p.selected == nil {
 		return next
 	}
-	next = earliest(next, p.probe.again, p.probe.deadline)
-	if p.probe.early.After(now) {
-		next = earliest(next, p.probe.early)
+	next = earliest(next, p.probe.again, p.probe.deadline, p.hint.next)
+	for _, at := range []time.Time{p.probe.early, p.probe.doubt} {
+		if at.After(now) {
+			next = earliest(next, at)
+		}
 	}
 	switch {
 	case p.active(now):
-		next = earliest(next, now.Add(tick))
-	case !a.near(p.selected.addr) && !p.selected.suspect: // else calls go there
+		return earliest(next, now.Add(p.tick()))
+	case a.kept(p.selected) && !p.selected.suspect: // else calls go there
 		next = earliest(next, p.sentAt.Add(keepalive))
 	}
-	if p.selected.suspect && !p.active(now) {
-		end := p.received.Add(consentExpiry)
-		if other := p.suspectSince.Add(giveUp); other.After(end) {
-			end = other
-		}
-		next = earliest(next, end)
+	return earliest(next, p.end())
+}
+
+// end tells when an idle path that is suspect may be given up; zero: never.
+func (p *peer) end() time.Time {
+	if !p.selected.suspect {
+		return time.Time{}
 	}
-	return next
+	end := later(p.received.Add(consentExpiry), p.suspectSince.Add(giveUp))
+	if !p.selected.relayed() {
+		return end
+	}
+	if p.online {
+		return time.Time{}
+	}
+	return later(end, p.demanded.Add(demandMemory))
 }

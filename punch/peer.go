@@ -15,6 +15,7 @@ const (
 	published source = 1 << iota // the netmap
 	signalled                    // the peer, in a signal
 	learnt                       // an authenticated check came from there
+	relay                        // SetRelays; such a pair has no other source
 )
 
 // maxOutstanding is how many checks on one pair may wait for their answers.
@@ -44,6 +45,11 @@ type pair struct {
 	varied   time.Duration // mean deviation of the RTT
 	samples  int
 	better   int // samples in a row that beat the selected pair
+
+	// Of relayed pairs only.
+	here    bool      // the peer was seen at the relay
+	late    time.Time // when an answer is overdue; zero: none is awaited
+	doubted time.Time // when that was reported last
 }
 
 // peer is what the agent knows of a peer.
@@ -54,7 +60,7 @@ type peer struct {
 	users     [2]user // its, in checks to us
 	published Nonce
 	online    bool
-	pairs     []*pair // at most MaxCandidates
+	pairs     []*pair // at most MaxCandidates, and MaxRelays relayed ones
 	limits    buckets[netip.AddrPort]
 	checks    replay
 	signals   replay
@@ -83,11 +89,15 @@ type peer struct {
 
 	// The path in use.
 	selected     *pair
+	copying      copying
 	probe        probe
 	suspectSince time.Time
-	uncertain    bool      // only an answer clears the suspicion, not data
-	moved        bool      // we lost the address of the last path
+	uncertain    bool      // only an answer clears a suspicion of the direct path, not data
+	moved        bool      // we lost the address of the last direct path
 	consentAt    time.Time // last consent check
+	search       Attempt   // for a direct path; without what collect can tell
+	hint         hint      // that we have no session
+	hinted       time.Time // when the peer last said that it has none
 
 	// Traffic.
 	seen        Activity
@@ -129,7 +139,11 @@ func (p *peer) wanted(now time.Time) bool {
 
 func (p *peer) path() Path {
 	q := p.selected
-	return Path{Peer: p.key, Addr: q.addr, Local: q.local, Type: q.typ, RTT: q.rtt}
+	path := Path{Peer: p.key, Addr: q.addr, Local: q.local, Type: q.typ, RTT: q.rtt}
+	if p.copying.to != nil {
+		path.Also = p.copying.to.addr
+	}
+	return path
 }
 
 func (p *peer) find(addr netip.AddrPort) *pair {
@@ -150,10 +164,10 @@ func (a *Agent) setCandidates(p *peer, list []Candidate, from source) bool {
 	added := false
 	for _, c := range list {
 		addr := plain(c.Addr)
-		if !a.allowed(addr) {
+		q := p.find(addr)
+		if c.Type == Relayed || !a.allowed(addr) || q != nil && q.relayed() {
 			continue
 		}
-		q := p.find(addr)
 		if q == nil {
 			if q = a.addPair(p, addr); q == nil {
 				continue
@@ -166,7 +180,7 @@ func (a *Agent) setCandidates(p *peer, list []Candidate, from source) bool {
 		}
 	}
 	p.pairs = slices.DeleteFunc(p.pairs, func(q *pair) bool {
-		gone := q.source == 0 && !q.valid && q != p.selected
+		gone := q.source == 0 && !q.valid && q != p.selected && q != p.copying.to
 		if gone {
 			a.forget(q)
 		}
@@ -178,11 +192,17 @@ func (a *Agent) setCandidates(p *peer, list []Candidate, from source) bool {
 // addPair makes room for one more pair. Pairs that nobody names any more go
 // first, then those learnt longest ago; nil: all are worth more.
 func (a *Agent) addPair(p *peer, addr netip.AddrPort) *pair {
-	if len(p.pairs) >= MaxCandidates {
+	count := 0
+	for _, q := range p.pairs {
+		if !q.relayed() {
+			count++
+		}
+	}
+	if count >= MaxCandidates {
 		worst := -1
 		for i, q := range p.pairs {
-			named := q.source&(published|signalled) != 0
-			if q == p.selected || named || q.valid && !q.suspect {
+			named := q.source&(published|signalled|relay) != 0
+			if q == p.selected || q == p.copying.to || named || q.valid && !q.suspect {
 				continue
 			}
 			if worst < 0 || q.heard.Before(p.pairs[worst].heard) {
@@ -209,7 +229,7 @@ func (a *Agent) learn(p *peer, addr netip.AddrPort) *pair {
 			a.log.Debug("peer-reflexive candidate", "peer", p, "addr", addr)
 		}
 	}
-	if q != nil {
+	if q != nil && !q.relayed() {
 		q.source |= learnt
 	}
 	return q
@@ -221,4 +241,5 @@ func (a *Agent) forget(q *pair) {
 		delete(a.sent, id)
 	}
 	q.waiting = nil
+	q.late = time.Time{}
 }

@@ -38,6 +38,7 @@ const (
 	ServerReflexive                          // seen by a STUN server
 	PeerReflexive                            // seen by the peer in a check
 	PortMapped                               // obtained from the router
+	Relayed                                  // a handle: the way leads over a relay
 )
 
 // MaxCandidates is how many candidates one peer may have. A longer list is
@@ -70,15 +71,19 @@ type Peer struct {
 	Candidates []Candidate
 }
 
-// Path is a valid pair: Addr answered an authenticated check. The zero Addr
-// means that there is no path. Packets leave from Local, at which the answer
-// arrived; the zero Local leaves the choice to the system.
+// Path is the way to a peer: Addr answered an authenticated check, or is the
+// handle of a relay (Type Relayed), which is used before it answers. The zero
+// Addr means that there is no path. Packets leave from Local, at which the answer
+// arrived; the zero Local leaves the choice to the system. While one way replaces
+// another or is in doubt, all packets also go to Also; the zero Also means that
+// they do not.
 type Path struct {
 	Peer  Key
 	Addr  netip.AddrPort
 	Local netip.Addr
+	Also  netip.AddrPort
 	Type  CandidateType // of the remote candidate
-	RTT   time.Duration // smoothed
+	RTT   time.Duration // smoothed; an estimate before the first answer over a relay
 }
 
 // Activity is what the data plane saw of a peer: counts of packets sent to it
@@ -103,9 +108,15 @@ type Config struct {
 	// Signal carries a sealed message to a peer through a relay or the server.
 	// An error means that there is no way now; the agent goes on without.
 	Signal func(to Key, sealed []byte) error
-	// OnPath is called at every change of a peer's path or its local address, in
-	// order.
+	// OnPath is called at every change of a peer's path, its local address or
+	// Also, in order.
 	OnPath func(Path)
+	// OnDoubt is called when the answer to a check over a relay is late, with the
+	// relay's handle for that peer; at most once per second and handle.
+	OnDoubt func(netip.AddrPort)
+	// OnSessionLost is called when a peer says, under the integrity of a check,
+	// that it has no session with us; at most once per second and peer.
+	OnSessionLost func(Key)
 	// OnCandidates is called when the own candidates changed, or a token came
 	// where there was none.
 	OnCandidates func([]Candidate)

@@ -44,13 +44,20 @@ func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, at netip.Addr
 	if !fresh {
 		return
 	}
+	if c.lost {
+		a.sessionLost(p, now)
+	}
 	q := a.learn(p, from)
 	if q == nil {
 		return
 	}
 	p.hear(q, now)
-	p.released[family(from)] = true
-	a.release(p, now)
+	if q.relayed() {
+		at = netip.Addr{}
+	} else { // over a relay it says nothing about the peer's NAT
+		p.released[family(from)] = true
+		a.release(p, now)
+	}
 	p.wantProbe = p.wantProbe || restarted
 	if q == p.selected {
 		p.receive(now)

@@ -11,6 +11,9 @@ const (
 	// AttrSequence orders the checks of one boot of the sender: boot id and
 	// counter, 8 bytes each, big endian.
 	AttrSequence stun.AttrType = 0xC057
+	// AttrSessionLost, which is empty, says in a check that its sender has no
+	// WireGuard session with the receiver.
+	AttrSessionLost stun.AttrType = 0xC058
 	// AttrPadding makes a Binding request to a server at least as long as the
 	// answer (RFC 5780 section 7.6).
 	AttrPadding stun.AttrType = 0x0026

@@ -25,8 +25,13 @@ func (s *session) loadCache() {
 	}
 	s.mu.Lock()
 	_, changed := s.roster.apply(&coord.Netmap{State: c.State, Revocations: c.Revocations, Nodes: c.Nodes}, false)
-	list := s.roster.peers(s.own)
+	if c.Relay.usable() {
+		s.relay = c.Relay
+	}
 	s.mu.Unlock()
+	if c.Relay.usable() {
+		s.links.setOwn(c.Relay.info(s.control.verify))
+	}
 	for i := range changed {
 		p := &changed[i]
 		last, ok := c.Paths[tun.Key(p.Key).String()]
@@ -34,7 +39,7 @@ func (s *session) loadCache() {
 			p.Candidates = append(p.Candidates, last)
 		}
 	}
-	s.configure(list, nil, changed)
+	s.configure(nil, changed)
 }
 
 // readCache gives what an earlier run saved.
@@ -88,11 +93,11 @@ func (s *session) saveCache() {
 	}
 	s.dirty, s.saved = false, serial
 	c := s.roster.snapshot()
-	c.Serial = serial
+	c.Serial, c.Relay = serial, s.relay
 	c.Paths = map[string]punch.Candidate{}
 	for _, m := range s.roster.members {
 		k := punch.Key(m.cert.WireGuard)
-		if p, ok := s.endpoints.path(k); ok {
+		if p, ok := s.endpoints.path(k); ok && p.Type != punch.Relayed {
 			c.Paths[tun.Key(k).String()] = punch.Candidate{Addr: p.Addr, Type: p.Type}
 		}
 	}

@@ -23,6 +23,9 @@ func (r UpRequest) Check() error {
 	if r.Offloads != nil {
 		c.Offloads = *r.Offloads
 	}
+	if r.Proxy != nil {
+		c.Proxy = *r.Proxy
+	}
 	return c.check()
 }
 

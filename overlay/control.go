@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"net/url"
 	"sync"
 	"time"
 
@@ -39,10 +40,13 @@ type control struct {
 	nonce   punch.Nonce
 	servers func() []string
 	verify  func(trust.Hash) error
+	proxy   *url.URL // nil: none
 	// candidates are the own ones, with the newest tokens.
 	candidates func() []punch.Candidate
 	// takes is what this node takes beyond the plain WireGuard format.
 	takes func() tun.Capabilities
+	// relays are those this node keeps a link to, its home first; nil: none ever.
+	relays func() []trust.RelayTrip
 	// onWelcome and onEvent are called in order from one goroutine.
 	onWelcome func(*coord.Welcome, *coord.Conn, []byte)
 	onEvent   func(coord.Event)
@@ -85,10 +89,13 @@ func (c *control) run(ctx context.Context) error {
 	return nil
 }
 
+func (c *control) dialer() *coord.Dialer {
+	return &coord.Dialer{Servers: c.servers(), Device: c.device, Verify: c.verify, Proxy: c.proxy, Log: c.log}
+}
+
 // once makes a connection for a request outside the stream.
 func (c *control) once(ctx context.Context, do func(context.Context, *coord.Conn) error) error {
-	d := coord.Dialer{Servers: c.servers(), Device: c.device, Verify: c.verify, Log: c.log}
-	conn, err := d.Dial(ctx)
+	conn, err := c.dialer().Dial(ctx)
 	if err != nil {
 		return err
 	}
@@ -117,8 +124,7 @@ func (c *control) connect(ctx context.Context, resume *string) error {
 	dctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	stop := c.cancelOnKick(dctx, cancel)
-	d := coord.Dialer{Servers: c.servers(), Device: c.device, Verify: c.verify, Log: c.log}
-	conn, err := d.Dial(dctx)
+	conn, err := c.dialer().Dial(dctx)
 	if err != nil {
 		stop()
 		return err
@@ -255,10 +261,14 @@ func (c *control) publish() {
 // are set back.
 func (c *control) record() (*coord.Publish, error) {
 	list, takes := c.candidates(), c.takes()
+	var relays []trust.RelayTrip
+	if c.relays != nil {
+		relays = c.relays()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.serial = max(c.serial+1, uint64(time.Now().UnixMilli()))
-	rec := trust.Record{Serial: c.serial, Nonce: c.nonce, Capabilities: uint32(takes)}
+	rec := trust.Record{Serial: c.serial, Nonce: c.nonce, Capabilities: uint32(takes), Relays: relays}
 	return newPublish(c.device, rec, list)
 }
 
@@ -280,8 +290,9 @@ func (c *control) resumeSerial(saved uint64) {
 }
 
 // newPublish completes a record and signs it, with those of the candidates that
-// may be published: server-reflexive ones with their tokens and global IPv6
-// addresses. Private addresses travel only in sealed signals.
+// may be published: server-reflexive ones with their tokens, global IPv6
+// addresses, and those that somebody mapped. Private addresses travel only in
+// sealed signals.
 func newPublish(device ed25519.PrivateKey, rec trust.Record, list []punch.Candidate) (*coord.Publish, error) {
 	rec.Device = trust.Key(device.Public().(ed25519.PublicKey))
 	var tokens [][]byte
@@ -292,6 +303,7 @@ func newPublish(device ed25519.PrivateKey, rec trust.Record, list []punch.Candid
 			tokens = append(tokens, cand.Token)
 		case cand.Type == punch.Host && globalIPv6(cand.Addr.Addr()) && hosts < maxHostIPv6:
 			hosts++
+		case cand.Type == punch.PortMapped:
 		default:
 			continue
 		}
@@ -308,8 +320,8 @@ func globalIPv6(a netip.Addr) bool {
 	return a.Is6() && !a.Is4In6() && a.IsGlobalUnicast() && !a.IsPrivate()
 }
 
-// networkChanged reconnects at once when the way to the server is another one
-// or when there was none.
+// networkChanged reconnects at once when the way to the server, or to the proxy
+// before it, is another one or when there was none.
 func (c *control) networkChanged() {
 	c.mu.Lock()
 	connected, local, remote := c.stream != nil, c.local, c.remote

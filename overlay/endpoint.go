@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -16,19 +17,31 @@ import (
 // writes them through wgctrl, in order, from its own goroutine, because a write
 // inside a receive function would deadlock wireguard-go.
 type endpoints struct {
-	dev  *tun.Device
-	log  *slog.Logger
-	wake chan struct{}
+	dev endpointDevice
+	// relay names the relay that a handle leads through.
+	relay func(handle netip.AddrPort) string
+	log   *slog.Logger
+	wake  chan struct{}
 
 	mu      sync.Mutex
 	pending map[punch.Key]punch.Path
 	current map[punch.Key]punch.Path
+	renewed map[punch.Key]bool
 }
 
-func newEndpoints(dev *tun.Device, log *slog.Logger) *endpoints {
+// endpointDevice is what endpoints need of a tun.Device.
+type endpointDevice interface {
+	SetEndpoint(k tun.Key, to netip.AddrPort, from netip.Addr) error
+	ClearEndpoint(k tun.Key) error
+	SetCopy(k tun.Key, to netip.AddrPort)
+	SetRoundTrip(k tun.Key, trip time.Duration)
+	StartHandshake(k tun.Key)
+}
+
+func newEndpoints(dev endpointDevice, relay func(netip.AddrPort) string, log *slog.Logger) *endpoints {
 	return &endpoints{
-		dev: dev, log: log, wake: make(chan struct{}, 1),
-		pending: map[punch.Key]punch.Path{}, current: map[punch.Key]punch.Path{},
+		dev: dev, relay: relay, log: log, wake: make(chan struct{}, 1),
+		pending: map[punch.Key]punch.Path{}, current: map[punch.Key]punch.Path{}, renewed: map[punch.Key]bool{},
 	}
 }
 
@@ -37,6 +50,19 @@ func (e *endpoints) set(p punch.Path) {
 	e.mu.Lock()
 	e.pending[p.Peer] = p
 	e.mu.Unlock()
+	e.poke()
+}
+
+// renew has a handshake started on the path of a peer that came to a relay: one
+// sent there before was lost.
+func (e *endpoints) renew(k punch.Key) {
+	e.mu.Lock()
+	e.renewed[k] = true
+	e.mu.Unlock()
+	e.poke()
+}
+
+func (e *endpoints) poke() {
 	select {
 	case e.wake <- struct{}{}:
 	default:
@@ -49,6 +75,7 @@ func (e *endpoints) forget(k punch.Key) {
 	defer e.mu.Unlock()
 	delete(e.pending, k)
 	delete(e.current, k)
+	delete(e.renewed, k)
 }
 
 // path is the endpoint as written.
@@ -85,6 +112,9 @@ func (e *endpoints) run(ctx context.Context) error {
 					handshakes.start(p, time.Now())
 				}
 			}
+			for _, p := range e.again() {
+				handshakes.start(p, time.Now())
+			}
 		}
 	}
 }
@@ -99,26 +129,46 @@ func (e *endpoints) next() (punch.Path, bool) {
 	return punch.Path{}, false
 }
 
-// write makes the endpoint real and says whether the peer had none before.
-func (e *endpoints) write(p punch.Path) (first bool) {
-	old, had := e.path(p.Peer)
+// again gives the relayed paths of peers that came to a relay.
+func (e *endpoints) again() []punch.Path {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var list []punch.Path
+	for k := range e.renewed {
+		if p, ok := e.current[k]; ok && p.Type == punch.Relayed {
+			list = append(list, p)
+		}
+	}
+	clear(e.renewed)
+	return list
+}
+
+// write makes the endpoint real and says whether the peer is to be reached at
+// another address now.
+func (e *endpoints) write(p punch.Path) (moved bool) {
+	old, _ := e.path(p.Peer)
+	k := tun.Key(p.Peer)
+	if p.Also != old.Also {
+		e.dev.SetCopy(k, p.Also) // first, so that nothing goes only where it is not answered yet
+	}
 	var err error
 	if p.Addr.IsValid() {
-		e.dev.SetRoundTrip(tun.Key(p.Peer), p.RTT)
-		err = e.dev.SetEndpoint(tun.Key(p.Peer), p.Addr, p.Local)
+		e.dev.SetRoundTrip(k, p.RTT)
+		err = e.dev.SetEndpoint(k, p.Addr, p.Local)
 	} else {
-		err = e.dev.ClearEndpoint(tun.Key(p.Peer))
+		err = e.dev.ClearEndpoint(k)
 	}
 	if err != nil {
-		e.log.Warn("endpoint not written", "peer", tun.Key(p.Peer), "err", err)
+		e.log.Warn("endpoint not written", "peer", k, "err", err)
 		return false
 	}
+	moved = p.Addr != old.Addr
 	switch {
-	case p.Addr.IsValid() && p.Addr == old.Addr: // only the own address changed
+	case !moved: // only the own address or the copies changed
 	case p.Addr.IsValid():
-		e.log.Info("path", "peer", tun.Key(p.Peer), "via", via(p.Type), "rtt", p.RTT)
+		e.log.Info("path", "peer", k, "via", e.text(p), "was", e.text(old), "reason", moveReason(old, p), "rtt", p.RTT)
 	default:
-		e.log.Info("path lost", "peer", tun.Key(p.Peer), "was", via(old.Type))
+		e.log.Info("path lost", "peer", k, "was", e.text(old))
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -127,7 +177,33 @@ func (e *endpoints) write(p punch.Path) (first bool) {
 		return false
 	}
 	e.current[p.Peer] = p
-	return !had
+	return moved
+}
+
+// text names a path for people, without its addresses.
+func (e *endpoints) text(p punch.Path) string {
+	switch {
+	case !p.Addr.IsValid():
+		return "none"
+	case p.Type == punch.Relayed:
+		return e.relay(p.Addr)
+	}
+	return "direct " + via(p.Type)
+}
+
+// moveReason says why the path is another one.
+func moveReason(old, now punch.Path) string {
+	switch {
+	case !old.Addr.IsValid():
+		return "first path"
+	case old.Type == punch.Relayed && now.Type == punch.Relayed:
+		return "the other relay is nearer, or the only one left"
+	case old.Type == punch.Relayed:
+		return "a direct path answered"
+	case now.Type == punch.Relayed:
+		return "the direct path does not answer"
+	}
+	return "the other path is nearer, or the only one that answers"
 }
 
 // A handshake is asked for again after a wait, and again: StartHandshake does
@@ -140,7 +216,7 @@ const (
 
 // starter starts handshakes on new paths and repeats the lost ones.
 type starter struct {
-	dev   *tun.Device
+	dev   endpointDevice
 	timer *time.Timer
 	open  map[punch.Key]*attempt
 }
@@ -151,7 +227,7 @@ type attempt struct {
 	next time.Time
 }
 
-func newStarter(dev *tun.Device) *starter {
+func newStarter(dev endpointDevice) *starter {
 	return &starter{dev: dev, timer: time.NewTimer(time.Hour), open: map[punch.Key]*attempt{}}
 }
 

@@ -103,8 +103,13 @@ func revokeSelf(ctx context.Context, k *keys, m *membership, cfg Config) error {
 	if _, err := (store{cfg.StateDir}).load(settingsFile, &set); err != nil {
 		cfg.Log.Warn("saved settings not used", "err", err)
 	}
+	proxy, err := parseProxy(set.Proxy)
+	if err != nil {
+		cfg.Log.Warn("saved proxy not used", "err", err)
+	}
 	c := control{
 		device:  k.Device,
+		proxy:   proxy,
 		servers: func() []string { return serverList(set.Server, m.Servers, mesh.State().Servers) },
 		verify:  pinned(mesh),
 		log:     cfg.Log,

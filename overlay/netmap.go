@@ -28,6 +28,9 @@ type member struct {
 	order  int // of acceptance: the first to claim a name or address keeps it
 }
 
+// peer says whether the member is a WireGuard peer; relays are not.
+func (m *member) peer() bool { return m.cert.Role == trust.RoleNode }
+
 // roster is the verified netmap. Nothing enters it on the server's word alone.
 // It is not safe for concurrent use.
 type roster struct {
@@ -52,7 +55,7 @@ func newRoster(m *membership, log *slog.Logger) (*roster, error) {
 }
 
 // apply takes in a netmap, whole or a delta, and returns the peers that are
-// gone and those that are new or changed. A member goes only by a signed
+// gone and those that are new or changed, without relays. A member goes only by a signed
 // revocation: were the server's word enough, it could give the name and the
 // addresses of one device to another. Whom the server no longer names is
 // offline.
@@ -80,11 +83,13 @@ func (r *roster) apply(m *coord.Netmap, whole bool) (gone []punch.Key, changed [
 	for _, d := range silent {
 		if old := r.members[d]; old != nil && old.node.Online {
 			old.node.Online = false
-			changed = append(changed, old.punchPeer())
+			if old.peer() {
+				changed = append(changed, old.punchPeer())
+			}
 		}
 	}
 	for _, n := range m.Nodes {
-		if r.admit(n) {
+		if r.admit(n) && r.members[n.Device].peer() {
 			changed = append(changed, r.members[n.Device].punchPeer())
 		}
 	}
@@ -174,7 +179,7 @@ func (r *roster) newerRecord(known trust.Record, n coord.Node) (trust.Record, bo
 func (r *roster) peers(own punch.Key) []tun.Peer {
 	list := make([]tun.Peer, 0, len(r.members))
 	for _, m := range r.members {
-		if m.cert.Role != trust.RoleNode {
+		if !m.peer() {
 			continue
 		}
 		list = append(list, tun.Peer{

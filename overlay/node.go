@@ -158,6 +158,9 @@ func (n *Node) merge(r UpRequest) (*settings, error) {
 	if r.Offloads != nil {
 		c.Offloads = *r.Offloads
 	}
+	if r.Proxy != nil {
+		c.Proxy = *r.Proxy
+	}
 	return c, c.check()
 }
 
@@ -179,7 +182,8 @@ func (c *settings) check() error {
 	if err := tun.CheckOffloads(c.Offloads); err != nil {
 		return fail(Usage, "separate several by commas: --offloads -gso,-gro", "%v", err)
 	}
-	return nil
+	_, err := parseProxy(c.Proxy)
+	return err
 }
 
 func plainName(s string) bool {
@@ -264,9 +268,13 @@ func ownCert(m *membership) (trust.NodeCert, error) {
 }
 
 func (n *Node) joinConfig(inv coord.Invite, k *keys, c *settings) (coord.JoinConfig, error) {
+	proxy, err := parseProxy(c.Proxy)
+	if err != nil {
+		return coord.JoinConfig{}, err
+	}
 	cfg := coord.JoinConfig{
 		Invite: inv, Device: k.Device, WireGuard: k.WireGuard,
-		Name: c.Name, Exact: c.Name != "", Server: c.Server, Log: n.cfg.Log,
+		Name: c.Name, Exact: c.Name != "", Server: c.Server, Proxy: proxy, Log: n.cfg.Log,
 	}
 	if cfg.Name == "" {
 		host, _ := os.Hostname()
@@ -400,7 +408,7 @@ func (s *session) settle(ctx context.Context, progress func(Progress)) (UpResult
 		progress(Progress{Step: "server", Warn: true, Text: fmt.Sprintf("%s is not reached; connected to %s", s.settings.Server, c)})
 	}
 	if online {
-		within(ctx, networkWait, s, func() bool { return s.outside.IsValid() })
+		within(ctx, networkWait, s, func() bool { return s.outside.IsValid() || s.links.reach().noUDP() })
 		progress(Progress{Step: "network", Text: s.networkText()})
 	}
 	within(ctx, peersWait, s, func() bool { return s.waiting() == 0 })
@@ -428,6 +436,8 @@ func (s *session) networkText() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
+	case !s.outside.IsValid() && s.links.reach().noUDP():
+		return "this network passes no UDP; going over TLS"
 	case !s.outside.IsValid():
 		return "no answer over UDP from the server yet"
 	case slices.ContainsFunc(s.local, func(p netip.Prefix) bool { return p.Addr() == s.outside.Addr() }):
@@ -440,7 +450,7 @@ func (s *session) networkText() string {
 func (s *session) waiting() int {
 	count := 0
 	for _, m := range s.roster.members {
-		if _, ok := s.endpoints.path(punch.Key(m.cert.WireGuard)); m.node.Online && !ok {
+		if _, ok := s.endpoints.path(punch.Key(m.cert.WireGuard)); m.node.Online && m.peer() && !ok {
 			count++
 		}
 	}

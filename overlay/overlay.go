@@ -3,6 +3,7 @@
 //	control.go   stream to the coordination server: netmap in, record and signals out
 //	netmap.go    what the server says, verified, becomes peers
 //	endpoint.go  the one writer of peer endpoints: punch's paths, through wgctrl
+//	relays.go    links to relays: which, and what goes over them
 //	session.go   the parts of a joined node, from up to down
 //	node.go      the daemon: up and down; leave.go its end for good
 //	local.go     the daemon's socket; client.go its other side
@@ -100,6 +101,9 @@ type UpRequest struct {
 	// Offloads switches parts of the data path off, as in tun.Config; an empty
 	// one switches all on again.
 	Offloads *string `json:"offloads,omitempty"`
+	// Proxy is an HTTP proxy, http://[user:password@]host:port, for what goes over
+	// TCP; an empty one means none. It is a secret.
+	Proxy *string `json:"proxy,omitempty"`
 }
 
 // Progress is one step of coming up, for people. Warn marks a step that did
@@ -131,6 +135,8 @@ type Status struct {
 	Schema int          `json:"schema"`
 	Self   SelfStatus   `json:"self"`
 	Peers  []PeerStatus `json:"peers"`
+	// Relays are those this node keeps a link to.
+	Relays []RelayStatus `json:"relays"`
 }
 
 // SelfStatus is this node. Online means connected to the coordination server.
@@ -164,12 +170,25 @@ type PeerStatus struct {
 	LastHandshake *time.Time `json:"lastHandshake"`
 }
 
-// PathStatus is how packets reach a peer: direct or none; Via is how the
-// endpoint was found.
+// PathStatus is how packets reach a peer: direct, relay or none. Via is how the
+// endpoint was found, or relay-udp or relay-tls.
 type PathStatus struct {
 	Kind     string `json:"kind"`
 	Endpoint string `json:"endpoint,omitempty"`
 	Via      string `json:"via,omitempty"`
+	Relay    string `json:"relay,omitempty"`  // its name
+	Reason   string `json:"reason,omitempty"` // why it is not direct, for people
+}
+
+// RelayStatus is a relay this node keeps a link to. Home is the one at which the
+// node is to be reached first.
+type RelayStatus struct {
+	Name      string   `json:"name"`
+	Transport string   `json:"transport"` // udp, tls, or empty: out of reach
+	RTTms     *float64 `json:"rttMs"`
+	Home      bool     `json:"home,omitempty"`
+	// Trouble says why it is out of reach, or not reached over UDP.
+	Trouble string `json:"trouble,omitempty"`
 }
 
 // PingReply is one echo over the tunnel.

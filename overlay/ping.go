@@ -9,8 +9,6 @@ import (
 
 	"golang.org/x/net/icmp"
 	"golang.org/x/net/ipv4"
-
-	"overlay/punch"
 )
 
 // pingWait is how long one echo is waited for.
@@ -34,7 +32,7 @@ func (s *session) ping(ctx context.Context, name string, full bool) (PingReply, 
 		reply.RTTms = milliseconds(rtt)
 	}
 	s.mu.Lock()
-	reply.Path = s.pathStatus(punch.Key(m.cert.WireGuard), full)
+	reply.Path = s.pathStatus(m, full)
 	s.mu.Unlock()
 	return reply, nil
 }

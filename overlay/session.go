@@ -43,19 +43,27 @@ type session struct {
 
 	agent   *punch.Agent
 	control *control
-	dev     atomic.Pointer[tun.Device]
+	links   *links
+	// credentials admit this device to relays.
+	credentials []byte
+	dev         atomic.Pointer[tun.Device]
 	// servers are never probed as peers. Not under mu: the agent asks while it
 	// holds its own lock, and is itself asked with mu held.
 	servers   atomic.Pointer[map[netip.AddrPort]bool]
 	mesh      []netip.Prefix // neither are its own prefixes
 	endpoints *endpoints
 
-	mu      sync.Mutex
-	roster  *roster
+	mu     sync.Mutex
+	roster *roster
+	// serverSTUN and relaySTUN are the STUN servers of the coordination server
+	// and among the relays.
+	serverSTUN, relaySTUN []punch.Server
+
 	over4   bool           // the server is reached over IPv4
 	outside netip.AddrPort // own address of that family as the server last saw it
 	local   []netip.Prefix // own addresses
 	dirty   bool           // the cache on disk is behind
+	relay   *cachedRelay   // in the own server; nil: not known
 	saved   uint64         // serial of the record in the cache on disk
 	online  bool
 	synced  bool          // a whole netmap came since the start
@@ -73,17 +81,20 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 	cert, _ := r.mesh.Device(r.self)
 	s := &session{
 		store: st, keys: k, settings: c, self: cert, own: punch.Key(k.WireGuard.PublicKey()), hash: m.TrustHash,
-		log: cfg.Log, roster: r, change: make(chan struct{}),
+		log: cfg.Log, roster: r, change: make(chan struct{}), credentials: trust.Credentials(m.Cap, m.Cert),
 	}
 	s.mesh = []netip.Prefix{r.mesh.Genesis().ULA, r.mesh.State().Prefix4}
 	if err := s.newAgent(m); err != nil {
 		return nil, err
 	}
-	s.newControl(m)
+	if err := s.newControl(m); err != nil {
+		return nil, err
+	}
+	s.links = s.newLinks() // before the device, which may receive at once
 	if err := s.openDevice(cfg); err != nil {
 		return nil, err
 	}
-	s.endpoints = newEndpoints(s.dev.Load(), cfg.Log)
+	s.endpoints = newEndpoints(s.dev.Load(), s.links.describe, cfg.Log)
 	if err := s.linkChanged(); err != nil {
 		return nil, errors.Join(err, s.dev.Load().Close())
 	}
@@ -101,9 +112,14 @@ func (s *session) newAgent(m *membership) error {
 		Signal:       s.sendSignal,
 		OnPath:       func(p punch.Path) { s.endpoints.set(p); s.ring() },
 		OnCandidates: s.candidates,
-		Activity:     s.activity,
-		Forbidden:    s.forbidden,
-		Log:          s.log,
+		OnDoubt:      func(handle netip.AddrPort) { s.links.doubt(handle) },
+		OnSessionLost: func(k punch.Key) {
+			s.log.Info("peer restarted", "peer", tun.Key(k))
+			s.dev.Load().RestartSession(tun.Key(k))
+		},
+		Activity:  s.activity,
+		Forbidden: s.forbidden,
+		Log:       s.log,
 	})
 	if err != nil {
 		return fmt.Errorf("start the punching agent: %w", err)
@@ -111,9 +127,14 @@ func (s *session) newAgent(m *membership) error {
 	return nil
 }
 
-func (s *session) newControl(m *membership) {
+func (s *session) newControl(m *membership) error {
+	proxy, err := parseProxy(s.settings.Proxy)
+	if err != nil {
+		return err
+	}
 	s.control = &control{
 		device: s.keys.Device,
+		proxy:  proxy,
 		nonce:  s.settings.Nonces[0],
 		servers: func() []string {
 			s.mu.Lock()
@@ -127,6 +148,7 @@ func (s *session) newControl(m *membership) {
 		},
 		candidates: s.agent.Candidates,
 		takes:      func() tun.Capabilities { return s.dev.Load().Capabilities() },
+		relays:     func() []trust.RelayTrip { return s.links.record() },
 		onWelcome:  s.welcome,
 		onEvent:    s.event,
 		onState:    s.connection,
@@ -135,6 +157,7 @@ func (s *session) newControl(m *membership) {
 		stale:      make(chan struct{}, 1),
 		outbox:     make(chan coord.Report, outboxSize),
 	}
+	return nil
 }
 
 // pinned accepts the keys that the mesh's State names.
@@ -179,9 +202,13 @@ func (s *session) openDevice(cfg Config) error {
 		Mesh:       s.mesh,
 		Offloads:   s.settings.Offloads,
 		Processors: cfg.Processors,
-		Receive:    s.agent.Receive,
-		Demand:     func(k tun.Key) { s.agent.Demand(punch.Key(k)) },
-		Log:        cfg.Log,
+		Receive:    s.receive,
+		Demand: func(k tun.Key) {
+			s.links.demand(punch.Key(k), time.Now())
+			s.agent.Demand(punch.Key(k))
+		},
+		SessionUnknown: func(k tun.Key) { s.agent.SessionLost(punch.Key(k)) },
+		Log:            cfg.Log,
 	})
 	if err != nil {
 		return err
@@ -209,24 +236,18 @@ func (s *session) sendUDP(b []byte, to netip.AddrPort, from netip.Addr, ttl int)
 
 var errNoDevice = errors.New("the interface is not open yet")
 
-func (s *session) sendSignal(to punch.Key, sealed []byte) error {
-	s.mu.Lock()
-	m, ok := s.roster.device(to)
-	s.mu.Unlock()
-	if !ok || !m.node.Online {
-		return errNoServer
-	}
-	return s.control.signal(m.node.Device, sealed)
-}
-
 func (s *session) activity(k punch.Key) punch.Activity {
 	sent, received := s.dev.Load().Activity(tun.Key(k))
 	return punch.Activity{Sent: sent, Received: received}
 }
 
-// forbidden keeps checks away from the mesh's own prefixes and the server.
+// forbidden keeps checks away from the mesh's own prefixes, the server and the
+// relays.
 func (s *session) forbidden(a netip.AddrPort) bool {
 	if servers := s.servers.Load(); servers != nil && (*servers)[a] {
+		return true
+	}
+	if s.links.isRelay(a) {
 		return true
 	}
 	return slices.ContainsFunc(s.mesh, func(p netip.Prefix) bool { return p.Contains(a.Addr()) })
@@ -238,6 +259,7 @@ func (s *session) run(ctx context.Context) error {
 	dev := s.dev.Load()
 	g.Go(func() error { return dev.Run(ctx) })
 	g.Go(func() error { return s.agent.Run(ctx) })
+	g.Go(func() error { return s.links.run(ctx) })
 	g.Go(func() error {
 		s.loadCache() // waits for dev.Run; before the server says anything newer
 		return s.control.run(ctx)
@@ -266,6 +288,7 @@ func (s *session) linkChanged() error {
 	s.local = addrs
 	s.mu.Unlock()
 	s.agent.SetLocal(addrs, s.dev.Load().Port())
+	s.links.networkChanged()
 	s.control.networkChanged()
 	return nil
 }
@@ -285,8 +308,10 @@ func (s *session) welcome(w *coord.Welcome, conn *coord.Conn, key []byte) {
 	s.mu.Lock()
 	s.over4 = conn.RemoteAddr().Addr().Is4()
 	s.outside = netip.AddrPort{} // the first answer to this session is no reason to leave it
+	s.serverSTUN = list
+	s.agent.SetServers(slices.Concat(list, s.relaySTUN))
 	s.mu.Unlock()
-	s.agent.SetServers(list)
+	s.serverRelay(w, conn)
 	s.connection(nil)
 	if skew := time.Since(w.Time); skew.Abs() > 5*time.Minute {
 		s.log.Warn("this clock and the server's differ", "by", skew.Round(time.Second))
@@ -311,17 +336,19 @@ func (s *session) event(e coord.Event) {
 func (s *session) netmap(m *coord.Netmap, whole bool) {
 	s.mu.Lock()
 	gone, changed := s.roster.apply(m, whole)
-	list := s.roster.peers(s.own)
 	s.dirty = true
 	s.synced = s.synced || whole
 	s.mu.Unlock()
-	s.configure(list, gone, changed)
+	s.configure(gone, changed)
 	s.ring()
 }
 
 // configure hands the peers to wireguard-go first, so that every path finds
 // its peer there.
-func (s *session) configure(list []tun.Peer, gone []punch.Key, changed []punch.Peer) {
+func (s *session) configure(gone []punch.Key, changed []punch.Peer) {
+	s.mu.Lock()
+	list, relays, peers := s.roster.peers(s.own), s.roster.relays(), s.roster.linkPeers()
+	s.mu.Unlock()
 	for _, k := range gone {
 		s.agent.RemovePeer(k)
 	}
@@ -334,6 +361,7 @@ func (s *session) configure(list []tun.Peer, gone []punch.Key, changed []punch.P
 	for _, p := range changed {
 		s.agent.SetPeer(p)
 	}
+	s.links.setMembers(relays, peers)
 }
 
 func (s *session) signal(g *coord.Signal) {

@@ -32,12 +32,16 @@ func TestForbiddenNeedsNoLock(t *testing.T) {
 	s := &session{mesh: []netip.Prefix{netip.MustParsePrefix("100.90.0.0/16"), netip.MustParsePrefix("fd00:1:2::/48")}}
 	server := netip.MustParseAddrPort("192.0.2.1:443")
 	s.servers.Store(&map[netip.AddrPort]bool{server: true})
+	s.links = newLinks(linksConfig{})
+	s.links.setOwn(relayInfo{addrs: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:3478")}})
+	s.links.mu.Lock()
+	defer s.links.mu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	done := make(chan map[string]bool, 1)
 	go func() {
 		got := map[string]bool{}
-		for _, a := range []string{"192.0.2.1:443", "192.0.2.1:444", "100.90.1.2:5", "[fd00:1:2::9]:5", "100.91.0.1:5"} {
+		for _, a := range []string{"192.0.2.1:443", "192.0.2.1:444", "192.0.2.7:3478", "100.90.1.2:5", "[fd00:1:2::9]:5", "100.91.0.1:5"} {
 			got[a] = s.forbidden(netip.MustParseAddrPort(a))
 		}
 		done <- got
@@ -45,7 +49,7 @@ func TestForbiddenNeedsNoLock(t *testing.T) {
 	select {
 	case got := <-done:
 		for a, want := range map[string]bool{
-			"192.0.2.1:443": true, "192.0.2.1:444": false, "100.90.1.2:5": true, "[fd00:1:2::9]:5": true, "100.91.0.1:5": false,
+			"192.0.2.1:443": true, "192.0.2.1:444": false, "192.0.2.7:3478": true, "100.90.1.2:5": true, "[fd00:1:2::9]:5": true, "100.91.0.1:5": false,
 		} {
 			if got[a] != want {
 				t.Errorf("%s forbidden: %v, want %v", a, got[a], want)

@@ -58,6 +58,7 @@ type settings struct {
 	MTU        int            `json:"mtu"`
 	ListenPort int            `json:"listenPort"`
 	Offloads   string         `json:"offloads,omitempty"`
+	Proxy      string         `json:"proxy,omitempty"`
 	Announced  bool           `json:"announced,omitempty"` // the founder's first invite was given out
 	Nonces     [2]punch.Nonce `json:"nonces"`
 	NonceTime  time.Time      `json:"nonceTime"`
@@ -72,6 +73,15 @@ type cache struct {
 	Nodes       []coord.Node               `json:"nodes"`
 	Paths       map[string]punch.Candidate `json:"paths"`            // by WireGuard key
 	Serial      uint64                     `json:"serial,omitempty"` // of the own record that was published last
+	Relay       *cachedRelay               `json:"relay,omitempty"`  // in the own server
+}
+
+// cachedRelay is the relay in a server, for a start while the server's stream is
+// out of reach.
+type cachedRelay struct {
+	Server string           `json:"server"` // host:port
+	Key    []byte           `json:"key"`
+	Addrs  []netip.AddrPort `json:"addrs"`
 }
 
 // store is the state directory.
@@ -292,9 +302,13 @@ const firstPort, portCount = 20000, 12000
 // nonceLife is how long a nonce is published before a start draws a new one.
 const nonceLife = 24 * time.Hour
 
+// bootStep is more than the boots that one session gives out: one for itself and
+// one for each link to a relay.
+const bootStep = 1 << 20
+
 // begin numbers a session: higher than all before it, whatever the clock says, or
-// peers would take its messages for old ones.
-func (c *settings) begin(now time.Time) { c.Boot = max(c.Boot+1, uint64(now.UnixNano())) }
+// peers and relays would take its messages for old ones.
+func (c *settings) begin(now time.Time) { c.Boot = max(c.Boot+bootStep, uint64(now.UnixNano())) }
 
 // loadSettings gives the saved settings with defaults filled in.
 func (s store) loadSettings(now time.Time) (*settings, error) {

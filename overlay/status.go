@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"overlay/punch"
+	"overlay/punch/relay"
 	"overlay/tun"
 )
 
@@ -19,8 +20,11 @@ func (s *session) status(full bool) (Status, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st := Status{Schema: 1, Self: s.selfStatus(full), Peers: []PeerStatus{}}
+	st := Status{Schema: 1, Self: s.selfStatus(full), Peers: []PeerStatus{}, Relays: s.links.status(full)}
 	for _, m := range s.roster.members {
+		if !m.peer() {
+			continue
+		}
 		st.Peers = append(st.Peers, s.peerStatus(m, stats[tun.Key(m.cert.WireGuard)], full))
 	}
 	slices.SortFunc(st.Peers, func(a, b PeerStatus) int { return cmp.Compare(a.Name, b.Name) })
@@ -49,10 +53,10 @@ func (s *session) peerStatus(m *member, st tun.Stats, full bool) PeerStatus {
 	k := punch.Key(m.cert.WireGuard)
 	p := PeerStatus{
 		Name: m.cert.Name, IPv4: m.cert.IP4, IPv6: m.cert.IP6, Online: m.node.Online,
-		RxBytes: st.RxBytes, TxBytes: st.TxBytes, Path: s.pathStatus(k, full),
+		RxBytes: st.RxBytes, TxBytes: st.TxBytes, Path: s.pathStatus(m, full),
 		Segments: max(1, s.dev.Load().Segments(tun.Key(k))),
 	}
-	if path, ok := s.agent.Path(k); ok && p.Path.Kind == "direct" {
+	if path, ok := s.agent.Path(k); ok && p.Path.Kind != "none" && path.RTT > 0 {
 		p.RTTms = milliseconds(path.RTT)
 	}
 	if !st.LastHandshake.IsZero() {
@@ -65,15 +69,30 @@ func (s *session) peerStatus(m *member, st tun.Stats, full bool) PeerStatus {
 	return p
 }
 
-func (s *session) pathStatus(k punch.Key, full bool) PathStatus {
+// pathStatus is how a peer is reached; mu is held.
+func (s *session) pathStatus(m *member, full bool) PathStatus {
+	k := punch.Key(m.cert.WireGuard)
 	path, ok := s.endpoints.path(k)
-	if !ok {
-		return PathStatus{Kind: "none"}
+	var st PathStatus
+	switch {
+	case ok && path.Type != punch.Relayed:
+		st = PathStatus{Kind: "direct", Via: via(path.Type)}
+		if full {
+			st.Endpoint = path.Addr.String()
+		}
+		return st
+	case ok:
+		name, over := s.links.relayed(path.Addr)
+		st = PathStatus{Kind: "relay", Relay: name}
+		if over != relay.None {
+			st.Via = "relay-" + over.String()
+		}
+	default:
+		st.Kind = "none"
 	}
-	st := PathStatus{Kind: "direct", Via: via(path.Type)}
-	if full {
-		st.Endpoint = path.Addr.String()
-	}
+	st.Reason = hurdles{
+		peer: m.cert.Name, online: m.node.Online, reach: s.links.reach(), attempt: s.agent.Attempt(k), now: time.Now(),
+	}.reason()
 	return st
 }
 
@@ -87,19 +106,24 @@ func (s *session) peersText() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var online []string
+	known := 0
 	for _, m := range s.roster.members {
+		if !m.peer() {
+			continue
+		}
+		known++
 		if !m.node.Online {
 			continue
 		}
 		text := m.cert.Name + " (no path yet)"
 		if p, ok := s.endpoints.path(punch.Key(m.cert.WireGuard)); ok {
-			text = fmt.Sprintf("%s (direct %s, %s)", m.cert.Name, p.Addr, p.RTT.Round(100*time.Microsecond))
+			text = fmt.Sprintf("%s (%s)", m.cert.Name, s.pathText(p))
 		}
 		online = append(online, text)
 	}
 	slices.Sort(online)
 	if len(online) == 0 {
-		return fmt.Sprintf("none online, %d known", len(s.roster.members))
+		return fmt.Sprintf("none online, %d known", known)
 	}
 	const most = 5
 	if len(online) > most {
@@ -108,7 +132,18 @@ func (s *session) peersText() string {
 	return fmt.Sprintf("%d online: %s", len(online), strings.Join(online, ", "))
 }
 
-// find looks a member up by name or overlay address.
+func (s *session) pathText(p punch.Path) string {
+	where := "direct " + p.Addr.String()
+	if p.Type == punch.Relayed {
+		where = s.links.describe(p.Addr)
+	}
+	if p.RTT == 0 {
+		return where
+	}
+	return fmt.Sprintf("%s, %s", where, p.RTT.Round(100*time.Microsecond))
+}
+
+// find looks a peer up by name or overlay address.
 func (s *session) find(name string) (*member, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -118,6 +153,9 @@ func (s *session) find(name string) (*member, error) {
 	names := make([]string, 0, len(s.roster.members))
 	for _, m := range s.roster.members {
 		if m.cert.Name == name || m.cert.IP4.String() == name || m.cert.IP6.String() == name {
+			if !m.peer() {
+				return nil, fail(Usage, "see: overlay status", "%q is a relay, not a machine to connect to", name)
+			}
 			return m, nil
 		}
 		names = append(names, m.cert.Name)

@@ -1,0 +1,110 @@
+package overlay
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"overlay/punch"
+	"overlay/tun"
+)
+
+// fakeEndpoints notes in which order a device is told what.
+type fakeEndpoints struct {
+	mu   sync.Mutex
+	done []string
+}
+
+func (f *fakeEndpoints) note(format string, args ...any) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.done = append(f.done, fmt.Sprintf(format, args...))
+}
+
+func (f *fakeEndpoints) take() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	done := f.done
+	f.done = nil
+	return done
+}
+
+func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to netip.AddrPort, _ netip.Addr) error {
+	f.note("endpoint %s", to)
+	return nil
+}
+func (f *fakeEndpoints) ClearEndpoint(tun.Key) error             { f.note("clear"); return nil }
+func (f *fakeEndpoints) SetCopy(_ tun.Key, to netip.AddrPort)    { f.note("copy %s", to) }
+func (f *fakeEndpoints) SetRoundTrip(_ tun.Key, d time.Duration) {}
+func (f *fakeEndpoints) StartHandshake(tun.Key)                  { f.note("handshake") }
+func startEndpoints(t *testing.T, f *fakeEndpoints, log *slog.Logger) (e *endpoints, end func()) {
+	e = newEndpoints(f, func(netip.AddrPort) string { return "relay berlin (udp)" }, log)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- e.run(ctx) }()
+	return e, func() { cancel(); <-done }
+}
+
+func TestMovesBetweenRelayAndDirect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var f fakeEndpoints
+		var text strings.Builder
+		e, end := startEndpoints(t, &f, slog.New(slog.NewTextHandler(&text, nil)))
+		addr := netip.MustParseAddrPort
+		relayed, direct := addr("[fd00::2]:32769"), addr("192.0.2.9:5")
+		for i, step := range []struct {
+			path punch.Path
+			want []string
+			log  string
+		}{
+			{punch.Path{Addr: relayed, Type: punch.Relayed}, []string{"endpoint " + relayed.String(), "handshake"}, `via="relay berlin (udp)" was=none reason="first path"`},
+			{punch.Path{Addr: direct, Type: punch.Host, Also: relayed},
+				[]string{"copy " + relayed.String(), "endpoint " + direct.String(), "handshake"}, `via="direct host" was="relay berlin (udp)" reason="a direct path answered"`},
+			{punch.Path{Addr: direct, Type: punch.Host}, []string{"copy invalid AddrPort", "endpoint " + direct.String()}, ""},
+			{punch.Path{Addr: relayed, Type: punch.Relayed, Also: direct},
+				[]string{"copy " + direct.String(), "endpoint " + relayed.String(), "handshake"}, `reason="the direct path does not answer"`},
+			{punch.Path{}, []string{"copy invalid AddrPort", "clear"}, `msg="path lost"`},
+		} {
+			text.Reset()
+			e.set(step.path)
+			synctest.Wait()
+			if got := f.take(); !slices.Equal(got, step.want) {
+				t.Fatalf("step %d: %q, want %q", i, got, step.want)
+			}
+			if got := text.String(); (step.log == "") != (got == "") || !strings.Contains(got, step.log) || strings.Contains(got, "192.0.2") {
+				t.Fatalf("step %d logs %q, want %q", i, got, step.log)
+			}
+			time.Sleep(time.Minute) // the handshakes' repeats
+			f.take()
+		}
+		end()
+	})
+}
+
+// Handshakes sent to a relay before the peer came there are lost: one is due
+// when it does.
+func TestHandshakeWhenAPeerComesToARelay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var f fakeEndpoints
+		e, end := startEndpoints(t, &f, slog.New(slog.DiscardHandler))
+		defer end()
+		relayed := punch.Path{Addr: netip.MustParseAddrPort("[fd00::2]:32769"), Type: punch.Relayed}
+		e.renew(relayed.Peer) // no path: nothing
+		e.set(relayed)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		f.take()
+		e.renew(relayed.Peer)
+		synctest.Wait()
+		if got := f.take(); !slices.Equal(got, []string{"handshake"}) {
+			t.Fatalf("did %q", got)
+		}
+	})
+}

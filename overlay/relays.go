@@ -1,0 +1,542 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"overlay/coord/trust"
+	"overlay/punch"
+	"overlay/punch/relay"
+	"overlay/tun"
+)
+
+const (
+	// linkTick is how often the choice of relays is looked at when nothing
+	// happens.
+	linkTick = 5 * time.Second
+	// demandFor is how long a demanded peer has its flows open at the relays.
+	demandFor = time.Minute
+	// publishGap is the shortest time between two records for the relays' sake.
+	publishGap = 2 * time.Second
+	// maxLinkID is the highest number of a link; see tun.Device.SetLink.
+	maxLinkID = 1<<15 - 1
+)
+
+var errNoRelay = errors.New("no relay where the peer is, is reached")
+
+// relayClient is what links need of a relay.Client.
+type relayClient interface {
+	Run(ctx context.Context) error
+	SetAddrs(list []netip.AddrPort)
+	SetPeers(list []punch.Key)
+	Receive(b []byte, from netip.AddrPort) (mine bool)
+	Offer(run []byte)
+	NetworkChanged()
+	Doubt()
+	STUN() (user, key []byte)
+}
+
+// linkDevice is what they need of a tun.Device.
+type linkDevice interface {
+	SetLink(id uint16, l tun.Link)
+	SetWays(k tun.Key, ways []tun.Way) []netip.AddrPort
+}
+
+// linksConfig is what the links need of the session.
+type linksConfig struct {
+	own    punch.Key
+	device func() linkDevice
+	relays func(k punch.Key, list []punch.Relay)                // to the agent
+	open   func(k *relayLink, boot uint64) (relayClient, error) // boot: another one each time
+	send   func(b []byte, to netip.AddrPort) error
+	// servers is told the STUN servers among the relays when they change,
+	// publish that the record is another one, arrived that a peer came to a
+	// relay, and changed that what status shows is different.
+	servers func([]punch.Server)
+	publish func()
+	arrived func(punch.Key)
+	changed func()
+	log     *slog.Logger
+}
+
+// relayInfo is a relay as the netmap, the Welcome or the cache describe it.
+type relayInfo struct {
+	key     punch.Key // X25519
+	name    string
+	addrs   []netip.AddrPort       // UDP
+	servers []string               // host:port of its TLS
+	verify  func(trust.Hash) error // of its TLS key
+	own     bool                   // in the own server
+	online  bool                   // as far as the server knows
+}
+
+// linkPeer is a peer as the links see it.
+type linkPeer struct {
+	key    punch.Key
+	online bool
+	relays []trust.RelayTrip // as it published them
+}
+
+// relayLink is the connection to one relay. What changes of it is guarded by the mutex
+// of links.
+type relayLink struct {
+	id     uint16
+	boot   uint64
+	client relayClient
+	cancel func()
+	info   relayInfo
+	state  relay.State
+	began  time.Time // of the state's transport
+	stun   netip.AddrPort
+	here   map[punch.Key]bool
+}
+
+func (k *relayLink) up() bool { return k.state.Transport != relay.None }
+
+// tells reports whether a peer is to be reached, or is worth asking for, at this
+// relay: one that named no relay yet may be at any.
+func (k *relayLink) tells(p linkPeer) bool {
+	_, listed := tripTo(p.relays, trust.Key(k.info.key))
+	return listed || len(p.relays) == 0
+}
+
+// way is what a handle stands for.
+type way struct {
+	peer punch.Key
+	link uint16
+}
+
+// links are the connections to relays. Its run chooses the relays, keeps a
+// client for each, and tells the device and the agent what leads where; all else
+// only notes things and wakes it.
+type links struct {
+	cfg  linksConfig
+	wake chan struct{}
+	// addrs are those of all known relays: never probed as peers. Not under mu,
+	// because the agent asks while it holds its own lock.
+	addrs atomic.Pointer[map[netip.AddrPort]bool]
+
+	mu        sync.Mutex
+	ownRelay  *relayInfo
+	relays    map[punch.Key]relayInfo // standalone ones
+	peers     map[punch.Key]linkPeer
+	demands   map[punch.Key]time.Time
+	open      map[punch.Key]*relayLink // by relay
+	ids       map[punch.Key]uint16
+	opened    uint64                      // links ever
+	trips     map[punch.Key]time.Duration // as measured last
+	home      home
+	handles   map[punch.Key]map[uint16]netip.AddrPort
+	ways      map[netip.AddrPort]way
+	published []trust.RelayTrip
+	publishAt time.Time // not before
+}
+
+func newLinks(c linksConfig) *links {
+	return &links{
+		cfg: c, wake: make(chan struct{}, 1),
+		relays: map[punch.Key]relayInfo{}, peers: map[punch.Key]linkPeer{}, demands: map[punch.Key]time.Time{},
+		open: map[punch.Key]*relayLink{}, ids: map[punch.Key]uint16{}, trips: map[punch.Key]time.Duration{},
+		handles: map[punch.Key]map[uint16]netip.AddrPort{}, ways: map[netip.AddrPort]way{},
+	}
+}
+
+func (l *links) poke() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// setMembers replaces the standalone relays and the peers.
+func (l *links) setMembers(relays []relayInfo, peers []linkPeer) {
+	l.mu.Lock()
+	clear(l.relays)
+	for _, r := range relays {
+		l.relays[r.key] = r
+	}
+	clear(l.peers)
+	for _, p := range peers {
+		l.peers[p.key] = p
+	}
+	l.collectAddrs()
+	l.mu.Unlock()
+	l.poke()
+}
+
+// setOwn says which relay is in the own server.
+func (l *links) setOwn(r relayInfo) {
+	r.own, r.online = true, true
+	l.mu.Lock()
+	l.ownRelay = &r
+	l.collectAddrs()
+	l.mu.Unlock()
+	l.poke()
+}
+
+// collectAddrs notes where relays are; mu is held.
+func (l *links) collectAddrs() {
+	all := map[netip.AddrPort]bool{}
+	for _, r := range l.known() {
+		for _, a := range r.addrs {
+			all[a] = true
+		}
+	}
+	l.addrs.Store(&all)
+}
+
+// isRelay reports whether a relay has that address. It takes no lock.
+func (l *links) isRelay(a netip.AddrPort) bool {
+	all := l.addrs.Load()
+	return all != nil && (*all)[a]
+}
+
+// known lists all relays; mu is held.
+func (l *links) known() []relayInfo {
+	list := make([]relayInfo, 0, len(l.relays)+1)
+	if l.ownRelay != nil {
+		list = append(list, *l.ownRelay)
+	}
+	for _, r := range l.relays {
+		list = append(list, r)
+	}
+	return list
+}
+
+// demand has a peer's flows opened, online or not. It never blocks.
+func (l *links) demand(k punch.Key, now time.Time) {
+	l.mu.Lock()
+	fresh := now.Before(l.demands[k])
+	l.demands[k] = now.Add(demandFor)
+	wanted := l.peers[k].online
+	l.mu.Unlock()
+	if !fresh && !wanted {
+		l.poke()
+	}
+}
+
+// receive hands a control datagram to whoever asked for it.
+func (l *links) receive(b []byte, from netip.AddrPort) {
+	if !l.isRelay(from) {
+		return
+	}
+	l.mu.Lock()
+	clients := make([]relayClient, 0, maxLinks)
+	for _, k := range l.open {
+		clients = append(clients, k.client)
+	}
+	l.mu.Unlock()
+	for _, c := range clients {
+		if c.Receive(b, from) {
+			return
+		}
+	}
+}
+
+// networkChanged has every relay asked at once, and distances measured anew.
+func (l *links) networkChanged() {
+	l.mu.Lock()
+	l.home.settle(time.Now())
+	var clients []relayClient
+	for r := range l.trips {
+		if l.open[r] == nil {
+			delete(l.trips, r)
+		}
+	}
+	for _, k := range l.open {
+		clients = append(clients, k.client)
+	}
+	l.mu.Unlock()
+	for _, c := range clients {
+		c.NetworkChanged()
+	}
+	l.poke()
+}
+
+// doubt says that an answer is missing over a handle.
+func (l *links) doubt(handle netip.AddrPort) {
+	l.mu.Lock()
+	var c relayClient
+	if k := l.byID(l.ways[handle].link); k != nil {
+		c = k.client
+	}
+	l.mu.Unlock()
+	if c != nil {
+		c.Doubt()
+	}
+}
+
+// byID finds a link in use; mu is held.
+func (l *links) byID(id uint16) *relayLink {
+	for _, k := range l.open {
+		if k.id == id {
+			return k
+		}
+	}
+	return nil
+}
+
+// peerOf tells whose handle an address is.
+func (l *links) peerOf(handle netip.AddrPort) (punch.Key, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	w, ok := l.ways[handle]
+	return w.peer, ok
+}
+
+// signal sends a sealed message to a peer through the nearest relay at which it
+// is. To a peer not seen at any it is sent all the same, but that is an error.
+func (l *links) signal(to punch.Key, sealed []byte) error {
+	l.mu.Lock()
+	handle, here := l.bestHandle(to)
+	l.mu.Unlock()
+	if !handle.IsValid() {
+		return errNoRelay
+	}
+	b := append(make([]byte, 0, 1+len(sealed)), relay.SignalByte)
+	if err := l.cfg.send(append(b, sealed...), handle); err != nil {
+		return err
+	}
+	if !here {
+		return errNoRelay
+	}
+	return nil
+}
+
+// bestHandle is the handle of a peer at the nearest relay; mu is held.
+func (l *links) bestHandle(to punch.Key) (handle netip.AddrPort, here bool) {
+	var best *relayLink
+	for _, k := range l.open {
+		if !k.up() || !k.tells(l.peers[to]) && !k.here[to] || !l.handles[to][k.id].IsValid() {
+			continue
+		}
+		if best == nil || k.here[to] && !best.here[to] || k.here[to] == best.here[to] && k.state.RTT < best.state.RTT {
+			best = k
+		}
+	}
+	if best == nil {
+		return netip.AddrPort{}, false
+	}
+	return l.handles[to][best.id], best.here[to]
+}
+
+// onState takes what a client says of its link.
+func (l *links) onState(k *relayLink, st relay.State) {
+	now := time.Now()
+	l.mu.Lock()
+	old := k.state
+	k.state = st
+	if st.Transport != old.Transport {
+		k.began = now
+	}
+	if st.Transport == relay.UDP {
+		k.stun = st.Addr
+	}
+	if k.up() && st.RTT > 0 {
+		l.trips[k.info.key] = st.RTT
+	}
+	moved := l.home.measured(k.info.key, l.upTrips(), now)
+	homeName := l.nameOf(l.home.key)
+	l.mu.Unlock()
+	if st.Transport != old.Transport {
+		l.logState(k, old, st)
+	}
+	if moved {
+		l.cfg.log.Info("home relay", "relay", homeName)
+	}
+	l.poke()
+	l.cfg.changed()
+}
+
+func (l *links) logState(k *relayLink, old, st relay.State) {
+	if st.Transport == relay.None {
+		l.cfg.log.Info("relay lost", "relay", k.info.name, "was", old.Transport)
+		l.cfg.log.Debug("relay lost", "relay", k.info.name, "err", st.Err)
+		return
+	}
+	l.cfg.log.Info("relay", "relay", k.info.name, "over", st.Transport, "rtt", st.RTT)
+	if st.Err != nil {
+		l.cfg.log.Debug("relay not over udp", "relay", k.info.name, "err", st.Err)
+	}
+}
+
+// nameOf names a relay in use; mu is held.
+func (l *links) nameOf(r punch.Key) string {
+	if k := l.open[r]; k != nil {
+		return k.info.name
+	}
+	return ""
+}
+
+// upTrips are the round trips to the relays that are up; mu is held.
+func (l *links) upTrips() map[punch.Key]time.Duration {
+	up := map[punch.Key]time.Duration{}
+	for r, k := range l.open {
+		if k.up() && k.state.RTT > 0 {
+			up[r] = k.state.RTT
+		}
+	}
+	return up
+}
+
+// onPeer takes whether a peer is at a relay.
+func (l *links) onPeer(k *relayLink, p punch.Key, here bool) {
+	l.mu.Lock()
+	if here {
+		k.here[p] = true
+	} else {
+		delete(k.here, p)
+	}
+	l.mu.Unlock()
+	l.poke()
+	if here {
+		l.cfg.arrived(p)
+	}
+}
+
+// record gives the relays for the record that is about to be signed.
+func (l *links) record() []trust.RelayTrip {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.published = tripList(l.home.key, l.upTrips())
+	return l.published
+}
+
+// run keeps the links until ctx ends.
+func (l *links) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	l.mu.Lock()
+	l.home.settle(time.Now())
+	l.mu.Unlock()
+	g.Go(func() error {
+		timer := time.NewTimer(linkTick)
+		defer timer.Stop()
+		told := newSpread(l)
+		for ctx.Err() == nil {
+			l.choose(ctx, g, time.Now())
+			told.update()
+			timer.Reset(l.tellRecord(time.Now()))
+			select {
+			case <-ctx.Done():
+			case <-timer.C:
+			case <-l.wake:
+			}
+		}
+		return nil
+	})
+	return g.Wait()
+}
+
+// tellRecord has the record published when what it says of relays is old, and
+// tells how long until it is to be looked at again.
+func (l *links) tellRecord(now time.Time) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if sameTrips(l.published, tripList(l.home.key, l.upTrips())) {
+		return linkTick
+	}
+	if now.Before(l.publishAt) {
+		return l.publishAt.Sub(now)
+	}
+	l.publishAt = now.Add(publishGap)
+	l.cfg.publish()
+	return linkTick
+}
+
+// choose starts and ends links so that they are the wanted ones.
+func (l *links) choose(ctx context.Context, g *errgroup.Group, now time.Time) {
+	l.mu.Lock()
+	infos := map[punch.Key]relayInfo{}
+	for _, r := range l.known() {
+		infos[r.key] = r
+	}
+	use := chooseRelays(l.candidates(now))
+	var gone []*relayLink
+	for r, k := range l.open {
+		if !slices.Contains(use, r) {
+			gone = append(gone, k)
+			delete(l.open, r)
+		}
+	}
+	var fresh []*relayLink
+	for _, r := range use {
+		if k := l.open[r]; k != nil {
+			k.info = infos[r]
+			continue
+		}
+		if l.ids[r] == 0 && len(l.ids) == maxLinkID {
+			continue
+		}
+		if l.ids[r] == 0 {
+			l.ids[r] = uint16(len(l.ids) + 1)
+		}
+		l.opened++
+		fresh = append(fresh, &relayLink{id: l.ids[r], boot: l.opened, info: infos[r], began: now, here: map[punch.Key]bool{}})
+	}
+	l.mu.Unlock()
+	for _, k := range gone {
+		k.cancel()
+	}
+	for _, k := range fresh {
+		l.start(ctx, g, k)
+	}
+}
+
+// candidates describes all known relays to chooseRelays; mu is held.
+func (l *links) candidates(now time.Time) []candidate {
+	homes := map[punch.Key]bool{}
+	for _, p := range l.peers {
+		if p.online && len(p.relays) > 0 {
+			first := punch.Key(p.relays[0].Relay)
+			homes[first] = homes[first] || l.open[first] != nil || !l.shares(p)
+		}
+	}
+	var list []candidate
+	for _, r := range l.known() {
+		c := candidate{key: r.key, own: r.own, online: r.online, trip: l.trips[r.key], home: homes[r.key]}
+		if k := l.open[r.key]; k != nil {
+			c.linked, c.up = true, k.up()
+			c.failed = !c.up && now.Sub(k.began) >= giveUpRelay
+		}
+		if r.own || len(r.addrs) > 0 {
+			list = append(list, c)
+		}
+	}
+	return list
+}
+
+// shares reports whether a relay with a link that is up, or may come up, is one
+// of the peer's; mu is held.
+func (l *links) shares(p linkPeer) bool {
+	return slices.ContainsFunc(p.relays, func(r trust.RelayTrip) bool {
+		k := l.open[punch.Key(r.Relay)]
+		return k != nil && (k.up() || time.Since(k.began) < giveUpRelay)
+	})
+}
+
+func (l *links) start(ctx context.Context, g *errgroup.Group, k *relayLink) {
+	client, err := l.cfg.open(k, k.boot)
+	if err != nil {
+		l.cfg.log.Warn("relay not used", "relay", k.info.name, "err", err)
+		return
+	}
+	ctx, k.cancel = context.WithCancel(ctx)
+	k.client = client
+	l.mu.Lock()
+	l.open[k.info.key] = k
+	l.mu.Unlock()
+	g.Go(func() error {
+		if err := client.Run(ctx); err != nil && ctx.Err() == nil {
+			l.cfg.log.Warn("relay link ended", "relay", k.info.name, "err", err)
+		}
+		return nil
+	})
+}

@@ -1,0 +1,81 @@
+package overlay
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"overlay/punch/relay"
+)
+
+// relayed tells which relay a handle leads through, and how that is reached.
+func (l *links) relayed(handle netip.AddrPort) (name string, over relay.Transport) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if k := l.byID(l.ways[handle].link); k != nil {
+		return k.info.name, k.state.Transport
+	}
+	return "", relay.None
+}
+
+// describe names a handle for people: "relay NAME (udp)".
+func (l *links) describe(handle netip.AddrPort) string {
+	name, over := l.relayed(handle)
+	switch {
+	case name == "":
+		return "a relay"
+	case over == relay.None:
+		return fmt.Sprintf("relay %s (down)", name)
+	}
+	return fmt.Sprintf("relay %s (%s)", name, over)
+}
+
+// reach sums up how relays are reached.
+type reach struct {
+	links, udp, tls int
+}
+
+// noUDP says that no relay answers over UDP, but one does over TLS.
+func (r reach) noUDP() bool { return r.udp == 0 && r.tls > 0 }
+
+// none says that no relay is reached at all.
+func (r reach) none() bool { return r.udp+r.tls == 0 }
+
+func (l *links) reach() reach {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var r reach
+	for _, k := range l.open {
+		r.links++
+		switch k.state.Transport {
+		case relay.UDP:
+			r.udp++
+		case relay.TLS:
+			r.tls++
+		}
+	}
+	return r
+}
+
+// status lists the links by number; full is with what may name addresses.
+func (l *links) status(full bool) []RelayStatus {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	list := []RelayStatus{}
+	for _, k := range slices.SortedFunc(maps.Values(l.open), func(a, b *relayLink) int { return cmp.Compare(a.id, b.id) }) {
+		st := RelayStatus{
+			Name: k.info.name, Transport: k.state.Transport.String(),
+			Home: l.home.chosen && l.home.key == k.info.key,
+		}
+		if k.up() && k.state.RTT > 0 {
+			st.RTTms = milliseconds(k.state.RTT)
+		}
+		if full && k.state.Err != nil {
+			st.Trouble = serverError(k.state.Err, "the relay").Error()
+		}
+		list = append(list, st)
+	}
+	return list
+}

@@ -10,6 +10,7 @@ import (
 	"github.com/pion/stun/v2"
 
 	"overlay/coord"
+	"overlay/coord/trust"
 )
 
 func FuzzRequests(f *testing.F) {
@@ -89,7 +90,7 @@ func FuzzReports(f *testing.F) {
 		if json.Unmarshal(b, &r) != nil || r.Publish == nil {
 			return
 		}
-		if rec, err := tok.checkRecord(public(n.device), *r.Publish); err == nil && rec.Device != public(n.device) {
+		if rec, err := tok.checkRecord(publisher{public(n.device), trust.RoleNode}, *r.Publish); err == nil && rec.Device != public(n.device) {
 			t.Fatal("a foreign record was taken")
 		}
 	})

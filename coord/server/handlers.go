@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -130,33 +131,57 @@ func (s *Server) listNodes(c call) (any, error) {
 
 // upgrade turns the connection into a stream.
 func (s *Server) upgrade(w http.ResponseWriter, c call) error {
-	if !strings.EqualFold(c.r.Header.Get("Upgrade"), "overlay") {
-		return refuse(coord.CodeBadRequest, "a stream begins with Upgrade: overlay")
-	}
-	if err := s.ready(c); err != nil {
+	conn, key, err := s.takeOver(w, c, protocol{"overlay", coord.ExporterSTUN})
+	if conn == nil {
 		return err
 	}
-	key, err := c.exporter(coord.ExporterSTUN)
-	if err != nil {
-		return fmt.Errorf("export key of the connection: %w", err)
-	}
-	conn, rw, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		return fmt.Errorf("take over the connection: %w", err)
-	}
-	// From here on there is nobody to answer an error to.
-	_, err = fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: overlay\r\n%s: %d\r\n\r\n",
-		coord.HeaderVersion, coord.Version)
-	if err != nil || rw.Reader.Buffered() > 0 || conn.SetDeadline(time.Time{}) != nil {
-		_ = conn.Close()
-		return nil
-	}
 	st := &stream{device: c.device, key: key, conn: conn}
-	welcome := coord.Welcome{STUN: s.stunPorts, Time: time.Now().UTC()}
+	welcome := coord.Welcome{STUN: s.stunPorts, Time: time.Now().UTC(), Relay: s.relay.welcome(s.stunPorts)}
 	if !s.hub.attach(st, welcome, c.r.Header.Get(coord.HeaderResume)) {
 		_ = conn.Close()
 	}
 	return nil
+}
+
+// upgradeRelay turns the connection into one to the relay.
+func (s *Server) upgradeRelay(w http.ResponseWriter, c call) error {
+	conn, key, err := s.takeOver(w, c, protocol{coord.RelayProtocol, coord.ExporterRelay})
+	if conn == nil {
+		return err
+	}
+	s.relay.accept(conn, key)
+	return nil
+}
+
+// protocol is what a connection can be upgraded to, and the label of the key
+// that both ends derive for it.
+type protocol struct{ name, label string }
+
+// takeOver answers a member's request for another protocol and takes the
+// connection away from HTTP. conn is nil when that was refused, or when nobody
+// is there any more.
+func (s *Server) takeOver(w http.ResponseWriter, c call, p protocol) (conn net.Conn, key []byte, err error) {
+	if !strings.EqualFold(c.r.Header.Get("Upgrade"), p.name) {
+		return nil, nil, refuse(coord.CodeBadRequest, "this is only for Upgrade: %s", p.name)
+	}
+	if err := s.ready(c); err != nil {
+		return nil, nil, err
+	}
+	if key, err = c.exporter(p.label); err != nil {
+		return nil, nil, fmt.Errorf("export key of the connection: %w", err)
+	}
+	conn, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, nil, fmt.Errorf("take over the connection: %w", err)
+	}
+	// From here on there is nobody to answer an error to.
+	_, err = fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n%s: %d\r\n\r\n",
+		p.name, coord.HeaderVersion, coord.Version)
+	if err != nil || rw.Reader.Buffered() > 0 || conn.SetDeadline(time.Time{}) != nil {
+		_ = conn.Close()
+		return nil, nil, nil
+	}
+	return conn, key, nil
 }
 
 // ready waits until the hub knows the member that the store knows, so that the

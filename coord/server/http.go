@@ -94,6 +94,9 @@ func (s *Server) routes() http.Handler {
 	mux.HandleFunc("GET /v1/stream", func(w http.ResponseWriter, r *http.Request) {
 		s.handle(w, r, func(c call) (any, error) { return nil, s.upgrade(w, c) })
 	})
+	mux.HandleFunc("GET "+coord.RelayPath, func(w http.ResponseWriter, r *http.Request) {
+		s.handle(w, r, func(c call) (any, error) { return nil, s.upgradeRelay(w, c) })
+	})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		s.handle(w, r, func(call) (any, error) {
 			return nil, refuse(coord.CodeBadRequest, "the coordinator has no %s %.100q", r.Method, r.URL.Path)

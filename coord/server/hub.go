@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -39,15 +40,17 @@ type hub struct {
 	store  store.Store
 	now    func() time.Time
 	tokens *tokens
+	open   *streams
 	boot   string // makes a resume of another run void
 	wake   chan struct{}
+	left   chan struct{} // holds a token after a member left
 
 	mu          sync.Mutex
 	group       *errgroup.Group // nil: not running
 	state       trust.Document
 	revocations []trust.Document
 	members     map[trust.Key]*member
-	sessions    map[sessionID]*stream
+	credentials map[trust.Hash]trust.Key // by hash of trust.Credentials
 	storeRev    uint64
 	applied     chan struct{} // closed when storeRev grows
 	pending     pending
@@ -60,13 +63,15 @@ type hub struct {
 
 // member is a node and what is known of its present.
 type member struct {
-	node     coord.Node
-	raw      []byte // node, encoded; nil: has changed
-	serial   uint64 // of its record
-	stream   *stream
-	silent   time.Time // since when there is no stream
-	lastSeen time.Time
-	signals  *rate.Limiter
+	node      coord.Node
+	raw       []byte // node, encoded; nil: has changed
+	wireguard trust.Key
+	role      trust.Role
+	serial    uint64 // of its record
+	stream    *stream
+	silent    time.Time // since when there is no stream
+	lastSeen  time.Time
+	signals   *rate.Limiter
 }
 
 // pending is what changed since the last delta.
@@ -103,12 +108,14 @@ func newHub(s store.Store, log *slog.Logger, now func() time.Time) *hub {
 	_, _ = rand.Read(boot) // fills it or ends the program
 	return &hub{
 		log: log, store: s, now: now, tokens: newTokens(now),
-		boot:     hex.EncodeToString(boot),
-		wake:     make(chan struct{}, 1),
-		members:  map[trust.Key]*member{},
-		sessions: map[sessionID]*stream{},
-		applied:  make(chan struct{}),
-		pending:  pending{nodes: map[trust.Key]struct{}{}},
+		boot:        hex.EncodeToString(boot),
+		wake:        make(chan struct{}, 1),
+		left:        make(chan struct{}, 1),
+		open:        &streams{sessions: map[sessionID]*stream{}},
+		members:     map[trust.Key]*member{},
+		credentials: map[trust.Hash]trust.Key{},
+		applied:     make(chan struct{}),
+		pending:     pending{nodes: map[trust.Key]struct{}{}},
 	}
 }
 
@@ -131,9 +138,7 @@ func (h *hub) stop() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.group = nil
-	for _, s := range h.sessions {
-		s.close()
-	}
+	h.open.close()
 }
 
 // load reads the whole mesh from the store. What is no longer there was removed
@@ -238,8 +243,16 @@ func (h *hub) put(n nodeRecord) {
 		m = &member{signals: rate.NewLimiter(signalRate, signalBurst)}
 		h.members[n.Device] = m
 	}
+	delete(h.credentials, m.credentials())
 	m.node.Device, m.node.Cap, m.node.Cert = n.Device, n.Cap, n.Cert
+	m.wireguard, m.role = n.WireGuard, n.role()
+	h.credentials[m.credentials()] = n.Device
 	h.touch(m)
+}
+
+// credentials is the hash of what the member shows a relay.
+func (m *member) credentials() trust.Hash {
+	return sha256.Sum256(trust.Credentials(m.node.Cap, m.node.Cert))
 }
 
 func (h *hub) remove(device trust.Key) {
@@ -248,10 +261,15 @@ func (h *hub) remove(device trust.Key) {
 		return
 	}
 	delete(h.members, device)
+	delete(h.credentials, m.credentials())
 	delete(h.pending.nodes, device)
 	h.pending.removed = append(h.pending.removed, device)
 	if m.stream != nil {
 		m.stream.close()
+	}
+	select {
+	case h.left <- struct{}{}:
+	default:
 	}
 	h.changed()
 }

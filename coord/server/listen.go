@@ -111,13 +111,10 @@ func (s *Server) listenUDP(host string, port uint16) error {
 		if err != nil && network == "udp6" && !errors.Is(err, syscall.EADDRINUSE) {
 			continue // the machine has no IPv6
 		}
-		if err == nil {
-			err = wantAsked(c)
-			s.udp = append(s.udp, c)
-		}
 		if err != nil {
 			return err
 		}
+		s.udp = append(s.udp, c)
 		opened++
 		port = c.LocalAddr().(*net.UDPAddr).AddrPort().Port()
 	}

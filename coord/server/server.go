@@ -1,6 +1,7 @@
 // Package server is the coordination server: it admits devices with invites,
 // keeps names and addresses unique, tells every node who is in the mesh, carries
-// sealed signals between nodes, and answers STUN.
+// sealed signals between nodes, answers STUN, and is a relay for nodes that reach
+// each other in no other way.
 //
 // It holds none of the keys that make a mesh: it can refuse service, but peers
 // believe nothing of it that is not signed by the mesh's owner or the devices
@@ -50,13 +51,16 @@ const (
 
 // Config says how to run a server. The zero Config is the default.
 type Config struct {
-	Listen   string       // TCP, and UDP for STUN; default ":443"
-	STUN     string       // UDP; the next port answers too; default ":3478"
+	Listen   string       // TCP, and UDP for STUN and the relay; default ":443"
+	STUN     string       // UDP; the next port serves too; default ":3478"
 	Public   string       // HOST[:PORT] nodes reach the server at; empty: found out
 	Prefix   netip.Prefix // the mesh's IPv4 prefix; invalid: its owner chooses
 	Mesh     string       // name of the mesh to be founded; default "home"
 	StateDir string       // default "/var/lib/overlay-coord"
-	Log      *slog.Logger // nil: silent
+	// RelayRate bounds what one node may send to another by the relay, in Mbit/s;
+	// 0: as fast as it goes.
+	RelayRate int
+	Log       *slog.Logger // nil: silent
 }
 
 // Server is one running coordination server. It is made by Open.
@@ -68,7 +72,7 @@ type Server struct {
 	store    store.Store
 	registry *registry
 	hub      *hub
-	stun     *stunServer
+	relay    *relayHost
 
 	failures    *buckets
 	allFailures *buckets
@@ -94,6 +98,9 @@ func Open(c Config) (*Server, error) {
 	}
 	if err := checkPrefix(c.Prefix); err != nil {
 		return nil, err
+	}
+	if c.RelayRate < 0 || c.RelayRate > maxRelayRate {
+		return nil, fmt.Errorf("--relay-rate %d is not from 0 to %d", c.RelayRate, maxRelayRate)
 	}
 	s := &Server{log: c.Log, mesh: c.Mesh}
 	if err := s.open(c); err != nil {
@@ -163,9 +170,10 @@ func (s *Server) assemble(c Config) error {
 	}
 	s.failures = newBuckets(failuresPerSource/60.0, failuresPerSource, time.Now)
 	s.allFailures = newBuckets(failuresTotal/60.0, failuresTotal, time.Now)
-	s.stun = &stunServer{
-		session: s.hub.sessionKey, tokens: s.hub.tokens,
-		limit: newBuckets(stunPerSource, stunBurst, time.Now), log: s.log,
+	stun := &stunServer{open: s.hub.open, tokens: s.hub.tokens, limit: newBuckets(stunPerSource, stunBurst, time.Now)}
+	s.relay, err = newRelayHost(s.hub, s.log, relaySettings{key: s.key, answer: stun.answer, rate: c.RelayRate})
+	if err != nil {
+		return err
 	}
 	if err := s.hub.load(context.Background()); err != nil {
 		return err
@@ -240,9 +248,7 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 		return nil
 	})
-	for _, c := range s.udp {
-		group.Go(func() error { return s.stun.serve(ctx, c) })
-	}
+	s.relay.run(ctx, group, s.udp)
 	group.Go(func() error { return s.sweep(ctx) })
 	group.Go(func() error {
 		<-ctx.Done()

@@ -48,6 +48,41 @@ type stream struct {
 	pinged time.Time
 }
 
+// streams are those that are open, by their STUN user name. They have a lock of
+// their own: who answers STUN forwards datagrams as well and must not wait while
+// the hub encodes a netmap. It is safe for concurrent use.
+type streams struct {
+	mu       sync.RWMutex
+	sessions map[sessionID]*stream
+}
+
+func (o *streams) add(s *stream) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.sessions[s.session] = s
+}
+
+func (o *streams) remove(s *stream) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	delete(o.sessions, s.session)
+}
+
+// find gives the stream behind a STUN user name, or nil.
+func (o *streams) find(id sessionID) *stream {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	return o.sessions[id]
+}
+
+func (o *streams) close() {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	for _, s := range o.sessions {
+		s.close()
+	}
+}
+
 // attach makes conn the stream of a member, in place of an older one, and
 // begins with the netmap. It says false when the device is no member.
 func (h *hub) attach(s *stream, welcome coord.Welcome, resume string) bool {
@@ -66,7 +101,7 @@ func (h *hub) attach(s *stream, welcome coord.Welcome, resume string) bool {
 		m.stream.close()
 	}
 	m.stream = s
-	h.sessions[s.session] = s
+	h.open.add(s)
 	if !m.node.Online {
 		m.node.Online = true
 		h.touch(m)
@@ -82,7 +117,7 @@ func (h *hub) serve(s *stream) {
 	s.close()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	delete(h.sessions, s.session)
+	h.open.remove(s)
 	if m := h.members[s.device]; m != nil && m.stream == s {
 		m.stream, m.silent, m.lastSeen = nil, h.now(), h.now()
 	}
@@ -142,20 +177,19 @@ func (h *hub) online(device trust.Key) bool {
 	return online
 }
 
-// sessionKey finds the stream behind a STUN user name.
-func (h *hub) sessionKey(id sessionID) (device trust.Key, key []byte, ok bool) {
+// roleOf is what a member does in the mesh; zero: it is none.
+func (h *hub) roleOf(device trust.Key) trust.Role {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	s := h.sessions[id]
-	if s == nil {
-		return trust.Key{}, nil, false
+	if m := h.members[device]; m != nil {
+		return m.role
 	}
-	return s.device, s.key, true
+	return 0
 }
 
 // publish replaces a device's record.
 func (h *hub) publish(device trust.Key, p coord.Publish) error {
-	rec, err := h.tokens.checkRecord(device, p)
+	rec, err := h.tokens.checkRecord(publisher{device, h.roleOf(device)}, p)
 	if err != nil {
 		return err
 	}

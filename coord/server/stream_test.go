@@ -298,32 +298,35 @@ func TestRecordRules(t *testing.T) {
 	for name, c := range map[string]struct {
 		candidates []trust.Endpoint
 		tokens     [][]byte
-		ok         bool
+		ok, relay  bool // for a node, for a relay
 	}{
-		"none":                      {nil, nil, true},
-		"observed":                  {[]trust.Endpoint{srflx}, [][]byte{token}, true},
-		"observed and mapped there": {[]trust.Endpoint{srflx, point(punch.PortMapped, other)}, [][]byte{token}, true},
-		"two global hosts":          {[]trust.Endpoint{six("1"), six("2")}, nil, true},
-		"three global hosts":        {[]trust.Endpoint{six("1"), six("2"), six("3")}, nil, false},
-		"no token":                  {[]trust.Endpoint{srflx}, nil, false},
-		"token for another port":    {[]trust.Endpoint{point(punch.ServerReflexive, other)}, [][]byte{token}, false},
-		"token of another device":   {[]trust.Endpoint{srflx}, [][]byte{tok.make(public(newKey(t)), seen)}, false},
-		"token of another server":   {[]trust.Endpoint{srflx}, [][]byte{newTokens(time.Now).make(device, seen)}, false},
-		"a token too many":          {[]trust.Endpoint{srflx}, [][]byte{token, token}, false},
-		"victim as mapped":          {[]trust.Endpoint{srflx, point(punch.PortMapped, foreign)}, [][]byte{token}, false},
-		"victim as host":            {[]trust.Endpoint{point(punch.Host, foreign)}, nil, false},
-		"private host":              {[]trust.Endpoint{point(punch.Host, addr("192.168.1.2:9"))}, nil, false},
-		"unique local host":         {[]trust.Endpoint{point(punch.Host, addr("[fd00::1]:9"))}, nil, false},
-		"peer-reflexive":            {[]trust.Endpoint{point(punch.PeerReflexive, seen)}, nil, false},
-		"unknown type":              {[]trust.Endpoint{point(99, seen)}, nil, false},
+		"none":                      {nil, nil, true, true},
+		"observed":                  {[]trust.Endpoint{srflx}, [][]byte{token}, true, true},
+		"observed and mapped there": {[]trust.Endpoint{srflx, point(punch.PortMapped, other)}, [][]byte{token}, true, true},
+		"two global hosts":          {[]trust.Endpoint{six("1"), six("2")}, nil, true, true},
+		"three global hosts":        {[]trust.Endpoint{six("1"), six("2"), six("3")}, nil, false, false},
+		"no token":                  {[]trust.Endpoint{srflx}, nil, false, false},
+		"token for another port":    {[]trust.Endpoint{point(punch.ServerReflexive, other)}, [][]byte{token}, false, false},
+		"token of another device":   {[]trust.Endpoint{srflx}, [][]byte{tok.make(public(newKey(t)), seen)}, false, false},
+		"token of another server":   {[]trust.Endpoint{srflx}, [][]byte{newTokens(time.Now).make(device, seen)}, false, false},
+		"a token too many":          {[]trust.Endpoint{srflx}, [][]byte{token, token}, false, false},
+		"victim as mapped":          {[]trust.Endpoint{srflx, point(punch.PortMapped, foreign)}, [][]byte{token}, false, true},
+		"three mapped":              {[]trust.Endpoint{srflx, point(punch.PortMapped, other), point(punch.PortMapped, addr("203.0.113.5:3")), point(punch.PortMapped, addr("203.0.113.5:4"))}, [][]byte{token}, false, false},
+		"victim as host":            {[]trust.Endpoint{point(punch.Host, foreign)}, nil, false, false},
+		"private host":              {[]trust.Endpoint{point(punch.Host, addr("192.168.1.2:9"))}, nil, false, false},
+		"unique local host":         {[]trust.Endpoint{point(punch.Host, addr("[fd00::1]:9"))}, nil, false, false},
+		"peer-reflexive":            {[]trust.Endpoint{point(punch.PeerReflexive, seen)}, nil, false, false},
+		"unknown type":              {[]trust.Endpoint{point(99, seen)}, nil, false, false},
 	} {
-		_, err := tok.checkRecord(device, coord.Publish{Record: record(t, n, 1, c.candidates), Tokens: c.tokens})
-		if (err == nil) != c.ok || !c.ok && codeOf(err) != coord.CodeBadCandidates {
-			t.Errorf("%s: %v", name, err)
+		for role, ok := range map[trust.Role]bool{trust.RoleNode: c.ok, trust.RoleRelay: c.relay} {
+			_, err := tok.checkRecord(publisher{device, role}, coord.Publish{Record: record(t, n, 1, c.candidates), Tokens: c.tokens})
+			if (err == nil) != ok || !ok && codeOf(err) != coord.CodeBadCandidates {
+				t.Errorf("%s of a %v: %v", name, role, err)
+			}
 		}
 	}
 	doc := record(t, n, 1, []trust.Endpoint{srflx})
-	if _, err := tok.checkRecord(public(newKey(t)), coord.Publish{Record: doc, Tokens: [][]byte{token}}); err == nil {
+	if _, err := tok.checkRecord(publisher{public(newKey(t)), trust.RoleNode}, coord.Publish{Record: doc, Tokens: [][]byte{token}}); err == nil {
 		t.Error("a record of another device was taken")
 	}
 	clock = clock.Add((tokenLife - 1) * time.Minute)

@@ -2,7 +2,6 @@ package server
 
 import (
 	"bytes"
-	"log/slog"
 	"net"
 	"net/netip"
 	"testing"
@@ -19,10 +18,8 @@ func stunWorld() (*stunServer, sessionID, []byte) {
 	id, key := sessionID{1, 2, 3}, bytes.Repeat([]byte{9}, exporterSize)
 	clock := time.Now() // stands still, so that no limit refills
 	now := func() time.Time { return clock }
-	return &stunServer{
-		session: func(s sessionID) (trust.Key, []byte, bool) { return trust.Key{7}, key, s == id },
-		tokens:  newTokens(now), limit: newBuckets(stunPerSource, stunBurst, now), log: slog.New(slog.DiscardHandler),
-	}, id, key
+	open := &streams{sessions: map[sessionID]*stream{id: {device: trust.Key{7}, key: key}}}
+	return &stunServer{open: open, tokens: newTokens(now), limit: newBuckets(stunPerSource, stunBurst, now)}, id, key
 }
 
 func binding(t testing.TB, setters ...stun.Setter) []byte {
@@ -33,6 +30,9 @@ func binding(t testing.TB, setters ...stun.Setter) []byte {
 	}
 	return m.Raw
 }
+
+// maxBinding is what a datagram must not exceed to be a Binding request.
+const maxBinding = 1280
 
 // padding makes a request long enough for the longest answer.
 func padding() stun.Setter {

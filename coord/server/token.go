@@ -68,14 +68,21 @@ func (t *tokens) valid(token []byte, device trust.Key, addr netip.AddrPort) bool
 	return minute <= now && now-minute <= tokenLife && hmac.Equal(token, t.at(minute, device, addr))
 }
 
+// publisher is a member that publishes a record.
+type publisher struct {
+	device trust.Key
+	role   trust.Role
+}
+
 // checkRecord judges a record before anybody else sees it: what a device may
-// tell the mesh to send packets to.
-func (t *tokens) checkRecord(device trust.Key, p coord.Publish) (trust.Record, error) {
+// tell the mesh to send packets to. A relay's mapped ports may be on any
+// address: who runs it says where it is reached, and who invited it let him.
+func (t *tokens) checkRecord(by publisher, p coord.Publish) (trust.Record, error) {
 	rec, err := trust.OpenRecord(p.Record)
 	if err != nil {
 		return rec, refuse(coord.CodeBadCandidates, "%v", err)
 	}
-	if rec.Device != device {
+	if rec.Device != by.device {
 		return rec, refuse(coord.CodeBadCandidates, "the record is another device's")
 	}
 	observed, err := t.observed(rec, p.Tokens)
@@ -92,7 +99,7 @@ func (t *tokens) checkRecord(device trust.Key, p coord.Publish) (trust.Record, e
 				return rec, badCandidate(i, "only %d global IPv6 host candidates are published", maxHosts)
 			}
 		case punch.PortMapped:
-			if mapped++; mapped > maxMapped || !observed[addr] {
+			if mapped++; mapped > maxMapped || !observed[addr] && by.role != trust.RoleRelay {
 				return rec, badCandidate(i, "a mapped port must be on an observed address")
 			}
 		default:

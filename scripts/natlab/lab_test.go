@@ -22,6 +22,13 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(envCrash); dir != "" {
 		crash(dir)
 	}
+	if task := os.Getenv(envLight); task != "" {
+		if err := runLight(task); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	remove, err := buildOnce()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -77,8 +77,8 @@ func largeBatches() map[string][][]byte {
 }
 
 func BenchmarkBind(b *testing.B) {
-	run := func(b *testing.B, out [][]byte) {
-		x, y := benchPair(b)
+	run := func(b *testing.B, pair func(testing.TB) (*half, *half), out [][]byte) {
+		x, y := pair(b)
 		if out != nil {
 			x.out = out
 		}
@@ -90,11 +90,21 @@ func BenchmarkBind(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
 			x.send(b)
-			y.receive(b, len(x.out))
+			if y.fn != nil {
+				y.receive(b, len(x.out))
+			}
 		}
 	}
-	b.Run("plain", func(b *testing.B) { run(b, nil) })
-	for name, out := range largeBatches() {
-		b.Run(name, func(b *testing.B) { run(b, out) })
+	batches := largeBatches()
+	batches["plain"] = nil
+	for name, out := range batches {
+		b.Run(name+"/direct", func(b *testing.B) { run(b, benchPair, out) })
+		b.Run(name+"/relayed", func(b *testing.B) { run(b, relayedHalves, out) })
+		b.Run(name+"/stream", func(b *testing.B) {
+			run(b, func(t testing.TB) (*half, *half) {
+				x, y := streamHalves(t)
+				return x, &half{b: y.b} // has received already
+			}, out)
+		})
 	}
 }

@@ -179,6 +179,7 @@ func (h *handover) next(a *arrival) bool {
 	if size == 0 {
 		if len(h.rest) > 0 {
 			h.b.drops.foreign.Add(1)
+			h.rest = nil
 		}
 		h.release()
 		return false

@@ -109,6 +109,34 @@ func TestHandshakesDueOnYieldingSide(t *testing.T) {
 	})
 }
 
+func TestHandshakesRestart(t *testing.T) {
+	k := Key{1}
+	synctest.Test(t, func(t *testing.T) {
+		var h handshakes
+		var completed time.Time
+		for i, c := range []struct {
+			wait      time.Duration
+			completed bool
+			want      bool
+		}{
+			{0, false, true},
+			{restartInterval - 1, false, false},
+			{1, false, true},
+			{restartInterval, true, false},
+			{restartInterval - 1, false, false},
+			{1, false, true},
+		} {
+			time.Sleep(c.wait)
+			if c.completed {
+				completed = time.Now()
+			}
+			if got := h.restart(k, func() map[Key]time.Time { return map[Key]time.Time{k: completed} }); got != c.want {
+				t.Errorf("%d: restarts: %v", i, got)
+			}
+		}
+	})
+}
+
 func TestParseSessions(t *testing.T) {
 	a, b := strings.Repeat("ab", 32), strings.Repeat("cd", 32)
 	text := "private_key=" + a + "\nlisten_port=1\npublic_key=" + a + "\nlast_handshake_time_sec=1700000000\n" +

@@ -46,6 +46,9 @@ func (c *RelayConfig) setDefaults() {
 // people.
 func (c RelayConfig) Check() error {
 	c.setDefaults()
+	if c.Rate < 0 || c.Rate > MaxRelayRate {
+		return fail(Usage, fmt.Sprintf("use a number from 1 to %d, in Mbit/s", MaxRelayRate), "--rate %d is out of range", c.Rate)
+	}
 	if _, _, err := splitListen(c.Listen); err != nil {
 		return err
 	}

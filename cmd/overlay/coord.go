@@ -24,11 +24,15 @@ func coordCommand() *cobra.Command {
 		Short: "run the coordination server",
 		Long: `Runs the coordination server until it is interrupted. As long as the mesh has no
 owner it prints one line, the invite for the owner's machine; every start makes
-a new one. It logs to standard error.`,
+a new one. It is also the relay for machines that cannot reach each other. It
+logs to standard error.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
 			if c.Prefix, err = parsePrefix(prefix); err != nil {
+				return err
+			}
+			if err = checkRate(cmd, "relay-rate", c.RelayRate); err != nil {
 				return err
 			}
 			c.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
@@ -36,8 +40,9 @@ a new one. It logs to standard error.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&c.Listen, "listen", ":443", "TCP address for nodes; UDP there answers STUN")
-	f.StringVar(&c.STUN, "stun", ":3478", "UDP address for STUN; the next port answers too")
+	f.StringVar(&c.Listen, "listen", ":443", "TCP address for nodes; UDP there answers STUN and relays")
+	f.StringVar(&c.STUN, "stun", ":3478", "UDP address for STUN and relaying; the next port answers too")
+	f.IntVar(&c.RelayRate, "relay-rate", 0, relayRateUsage)
 	f.StringVar(&c.Public, "public", "", "HOST[:PORT] that nodes reach the server at (default found out)")
 	f.StringVar(&prefix, "prefix", "", "IPv4 prefix of the mesh (default chosen by its owner's machine)")
 	f.StringVar(&c.Mesh, "mesh", "home", "name of the mesh")

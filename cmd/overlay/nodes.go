@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"net/netip"
 	"time"
 
@@ -20,6 +21,7 @@ type nodeOutput struct {
 	IPv4      netip.Addr `json:"ipv4"`
 	IPv6      netip.Addr `json:"ipv6"`
 	PublicKey string     `json:"publicKey"`
+	Role      string     `json:"role"` // node, relay
 	Tags      []string   `json:"tags"`
 	Online    bool       `json:"online"`
 	LastSeen  *time.Time `json:"lastSeen"`
@@ -49,7 +51,7 @@ func nodesCommand() *cobra.Command {
 		for _, i := range list.Nodes {
 			rows = append(rows, nodeRow(i, now))
 		}
-		return printTable(cmd.OutOrStdout(), []string{"NAME", "IPV4", "ONLINE", "JOINED", "INVITED BY"}, rows)
+		return printTable(cmd.OutOrStdout(), []string{"NAME", "IPV4", "ROLE", "ONLINE", "JOINED", "INVITED BY"}, rows)
 	}
 	return cmd
 }
@@ -59,12 +61,15 @@ func nodesJSON(list coord.NodeList) nodesOutput {
 	for _, i := range list.Nodes {
 		out.Nodes = append(out.Nodes, nodeOutput{
 			Name: i.Name, IPv4: i.IP4, IPv6: i.IP6, PublicKey: i.WireGuard.String(),
-			Tags: append([]string{}, i.Tags...), Online: i.Online,
+			Role: roleOf(i), Tags: append([]string{}, i.Tags...), Online: i.Online,
 			LastSeen: timeOrNull(i.LastSeen), Joined: timeOrNull(i.Joined), InvitedBy: i.InvitedBy,
 		})
 	}
 	return out
 }
+
+// roleOf is what a member is; a server that does not tell knows only nodes.
+func roleOf(i coord.NodeInfo) string { return cmp.Or(i.Role, "node") }
 
 func nodeRow(i coord.NodeInfo, now time.Time) []string {
 	online := "online"
@@ -74,5 +79,5 @@ func nodeRow(i coord.NodeInfo, now time.Time) []string {
 			online = "offline, seen " + seen
 		}
 	}
-	return []string{i.Name, i.IP4.String(), online, since(i.Joined, now), i.InvitedBy}
+	return []string{i.Name, i.IP4.String(), roleOf(i), online, since(i.Joined, now), i.InvitedBy}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -30,8 +31,10 @@ type pinger struct {
 	count       int // 0: until interrupted
 	untilDirect bool
 	print       func(seq int, r overlay.PingReply) error
+	note        io.Writer // what --until-direct waits for goes here
 
 	answered bool
+	last     overlay.PathStatus // of the last reply
 }
 
 // pingOutput is one line of `overlay ping --json`.
@@ -59,7 +62,7 @@ func pingCommand() *cobra.Command {
 		if p.count < 0 || p.count == 0 && cmd.Flags().Changed("count") {
 			return failure(overlay.Usage, "use a number from 1", "-c %d is out of range", p.count)
 		}
-		p.client, p.peer = n.client(), args[0]
+		p.client, p.peer, p.note = n.client(), args[0], cmd.ErrOrStderr()
 		p.print = func(_ int, r overlay.PingReply) error { return printLine(cmd.OutOrStdout(), pingText(r)) }
 		if asJSON {
 			p.print = func(seq int, r overlay.PingReply) error {
@@ -79,7 +82,7 @@ func pingText(r overlay.PingReply) string {
 		return clean(fmt.Sprintf("no reply from %s (%s)", r.Name, r.IP))
 	}
 	via := r.Path.Endpoint
-	if via == "" {
+	if via == "" || r.Path.Kind == "relay" {
 		via = pathText(r.Path)
 	}
 	return clean(fmt.Sprintf("pong from %s (%s) via %s in %s", r.Name, r.IP, via, roundTrip(r.RTTms)))
@@ -107,6 +110,7 @@ func (p *pinger) run(ctx context.Context) error {
 		if p.untilDirect && r.OK && r.Path.Kind == "direct" {
 			return nil
 		}
+		p.explain(r)
 		if seq == p.count || !pause(ctx, pingInterval-time.Since(start)) {
 			break
 		}
@@ -114,10 +118,20 @@ func (p *pinger) run(ctx context.Context) error {
 	return p.verdict()
 }
 
+// explain says, when it is news, why the path is not direct.
+func (p *pinger) explain(r overlay.PingReply) {
+	if p.untilDirect && r.Path.Reason != "" && r.Path.Reason != p.last.Reason {
+		fmt.Fprintf(p.note, "  not direct: %s\n", clean(r.Path.Reason))
+	}
+	p.last = r.Path
+}
+
 func (p *pinger) verdict() error {
 	switch {
 	case !p.answered:
 		return failure(overlay.NoReply, "see whether it is online: overlay status", "no reply from %q", p.peer)
+	case p.untilDirect && p.last.Reason != "":
+		return failure(overlay.Failure, "see its path: overlay status", "%q answers, but not over a direct path yet: %s", p.peer, p.last.Reason)
 	case p.untilDirect:
 		return failure(overlay.Failure, "see its path: overlay status", "%q answers, but not over a direct path yet", p.peer)
 	}

@@ -16,6 +16,10 @@ const about = `overlay connects machines behind NATs, directly, over WireGuard.
   on the first machine                   sudo overlay up INVITE
   on every other one                     sudo overlay up INVITE
 
+Machines that cannot reach each other directly go through the server, or through
+a nearer relay where there is one:
+  on a server in another region          overlay relay INVITE
+
 The server prints the first invite, the first machine the next one; more come
 from "overlay invite". Then:  ssh to any of them by "overlay ssh NAME".`
 
@@ -29,7 +33,7 @@ func rootCommand() *cobra.Command {
 		SilenceUsage:  true,
 	}
 	root.AddCommand(
-		coordCommand(), upCommand(), downCommand(), leaveCommand(),
+		coordCommand(), relayCommand(), upCommand(), downCommand(), leaveCommand(),
 		statusCommand(), pingCommand(), ipCommand(), sshCommand(),
 		inviteCommand(), invitesCommand(), nodesCommand(), versionCommand(),
 	)

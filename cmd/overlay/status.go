@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -102,6 +104,12 @@ func showStatus(cmd *cobra.Command, st overlay.Status) error {
 	if err := printTable(cmd.OutOrStdout(), []string{"NAME", "IPV4", "PATH", "RTT", "RX/TX", "HANDSHAKE"}, rows); err != nil {
 		return err
 	}
+	if err := showRelays(cmd.OutOrStdout(), st.Relays); err != nil {
+		return err
+	}
+	if err := showReasons(cmd.OutOrStdout(), st.Peers); err != nil {
+		return err
+	}
 	if !st.Self.Online {
 		fmt.Fprintf(cmd.ErrOrStderr(), "! not connected to the server: %s\n", clean(st.Self.Trouble))
 	}
@@ -126,9 +134,54 @@ func peerRow(p overlay.PeerStatus, now time.Time) []string {
 	}
 }
 
+// showRelays prints the relays that this machine keeps a link to.
+func showRelays(w io.Writer, list []overlay.RelayStatus) error {
+	if len(list) == 0 {
+		return nil
+	}
+	rows := make([][]string, 0, len(list))
+	for _, r := range list {
+		link, notes := cmp.Or(r.Transport, "down"), []string{}
+		if r.Home {
+			notes = append(notes, "home")
+		}
+		if r.Trouble != "" {
+			notes = append(notes, r.Trouble)
+		}
+		rows = append(rows, []string{r.Name, link, roundTrip(r.RTTms), strings.Join(notes, "; ")})
+	}
+	if err := printLine(w, ""); err != nil {
+		return err
+	}
+	return printTable(w, []string{"RELAY", "LINK", "RTT", "NOTE"}, rows)
+}
+
+// showReasons says of every peer without a direct path why it has none.
+func showReasons(w io.Writer, peers []overlay.PeerStatus) error {
+	lines := []string{""}
+	for _, p := range peers {
+		if p.Path.Kind != "direct" && p.Path.Reason != "" {
+			lines = append(lines, clean(fmt.Sprintf("%s is not direct: %s", p.Name, p.Path.Reason)))
+		}
+	}
+	if len(lines) == 1 {
+		return nil
+	}
+	return printLine(w, strings.Join(lines, "\n"))
+}
+
 // pathText says how packets go; others than root are not told the endpoint.
 func pathText(p overlay.PathStatus) string {
 	text := p.Kind
+	if p.Kind == "relay" {
+		if p.Relay != "" {
+			text += " " + p.Relay
+		}
+		if transport, ok := strings.CutPrefix(p.Via, "relay-"); ok {
+			text += " (" + transport + ")"
+		}
+		return text
+	}
 	if p.Endpoint != "" {
 		text += " " + p.Endpoint
 	}

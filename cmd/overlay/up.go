@@ -23,6 +23,7 @@ type upVerb struct {
 	node       *nodeFlags
 	request    overlay.UpRequest
 	offloads   string
+	proxy      string
 	foreground bool
 	daemon     bool
 }
@@ -37,6 +38,11 @@ func upCommand() *cobra.Command {
 online; a daemon stays. With "-" the invite is read from standard input; it may
 also be in the variable OVERLAY_INVITE. Flags are remembered.
 
+--proxy names the HTTP proxy of a network that lets nothing else out; the way
+without it is tried too. Without the flag the variable HTTPS_PROXY, or
+https_proxy, says the same; without both it stays as it was. --proxy none goes
+without one again.
+
 --offloads switches parts of the data path off, to find out which of them a
 network, a driver or a kernel does not bear: a list, separated by commas, of
 -gso and -gro (many datagrams at a time to and from the UDP sockets), -tso (large
@@ -50,6 +56,7 @@ all on again. The variable OVERLAY_OFFLOADS says the same.`,
 	f.StringVar(&v.request.Name, "name", "", "name of this machine (default its host name)")
 	f.StringVar(&v.request.Server, "server", "", "HOST:PORT of the server, instead of the invite's")
 	f.IntVar(&v.request.MTU, "mtu", 0, fmt.Sprintf("MTU of the interface (default %d)", overlay.DefaultMTU))
+	f.StringVar(&v.proxy, "proxy", "", proxyUsage)
 	f.StringVar(&v.offloads, "offloads", "", "parts of the data path to switch off: -gso,-gro,-tso,-large,+gso")
 	f.BoolVar(&v.foreground, "foreground", false, "run the daemon here, log to standard error")
 	f.BoolVar(&v.daemon, "daemon", false, "run the daemon here, log to the state directory, wait for another up")
@@ -82,6 +89,9 @@ func (v *upVerb) read(cmd *cobra.Command, args []string) error {
 		v.request.Offloads = &set
 	}
 	var err error
+	if v.request.Proxy, err = readProxy(cmd, v.proxy); err != nil {
+		return err
+	}
 	if v.request.Invite, err = readInvite(cmd, args); err != nil {
 		return err
 	}

@@ -26,6 +26,8 @@ const (
 	demandFor = time.Minute
 	// publishGap is the shortest time between two records for the relays' sake.
 	publishGap = 2 * time.Second
+	// judgeEvery is how often a link is measured: as often as it is kept alive.
+	judgeEvery = 20 * time.Second
 	// maxLinkID is the highest number of a link; see tun.Device.SetLink.
 	maxLinkID = 1<<15 - 1
 )
@@ -95,6 +97,7 @@ type relayLink struct {
 	info   relayInfo
 	state  relay.State
 	began  time.Time // of the state's transport
+	judged time.Time // when the home was last compared with it
 	stun   netip.AddrPort
 	here   map[punch.Key]bool
 }
@@ -343,14 +346,13 @@ func (l *links) onState(k *relayLink, st relay.State) {
 	if k.up() && st.RTT > 0 {
 		l.trips[k.info.key] = st.RTT
 	}
-	moved := l.home.measured(k.info.key, l.upTrips(), now)
-	homeName := l.nameOf(l.home.key)
+	moved := l.judge(k, now)
 	l.mu.Unlock()
 	if st.Transport != old.Transport {
 		l.logState(k, old, st)
 	}
-	if moved {
-		l.cfg.log.Info("home relay", "relay", homeName)
+	if moved != "" {
+		l.cfg.log.Info("home relay", "relay", moved)
 	}
 	l.poke()
 	l.cfg.changed()
@@ -368,12 +370,28 @@ func (l *links) logState(k *relayLink, old, st relay.State) {
 	}
 }
 
-// nameOf names a relay in use; mu is held.
-func (l *links) nameOf(r punch.Key) string {
-	if k := l.open[r]; k != nil {
-		return k.info.name
+// judge compares the home with a relay, and names the new one if it moved; mu is
+// held.
+func (l *links) judge(k *relayLink, now time.Time) (moved string) {
+	k.judged = now
+	if !l.home.measured(k.info.key, l.upTrips(), now) {
+		return ""
 	}
-	return ""
+	return l.open[l.home.key].info.name
+}
+
+// judgeAll does so with those that said nothing new for a while: their trips are
+// as they were.
+func (l *links) judgeAll(now time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, k := range l.open {
+		if k.up() && now.Sub(k.judged) >= judgeEvery {
+			if moved := l.judge(k, now); moved != "" {
+				l.cfg.log.Info("home relay", "relay", moved)
+			}
+		}
+	}
 }
 
 // upTrips are the round trips to the relays that are up; mu is held.
@@ -421,6 +439,7 @@ func (l *links) run(ctx context.Context) error {
 		defer timer.Stop()
 		told := newSpread(l)
 		for ctx.Err() == nil {
+			l.judgeAll(time.Now())
 			l.choose(ctx, g, time.Now())
 			told.update()
 			timer.Reset(l.tellRecord(time.Now()))

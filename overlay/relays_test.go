@@ -384,6 +384,26 @@ func TestHomeOfAPeer(t *testing.T) {
 	})
 }
 
+// Clients tell of trips only when they change.
+func TestHomeMovesToAConstantlyNearerRelay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newLinksWorld(t)
+		defer w.end()
+		w.members(standalone("a1", "b2"))
+		time.Sleep(homeSettle)
+		w.up("a1", 50*ms)
+		w.up("b2", 20*ms)
+		home := func() trust.Key { return w.links.record()[0].Relay }
+		if home() != trust.Key(relayKey('1')) {
+			t.Fatal("the home moved by one measurement")
+		}
+		time.Sleep(homeSamples * (judgeEvery + linkTick))
+		if home() != trust.Key(relayKey('2')) {
+			t.Fatal("the home did not move to the nearer relay")
+		}
+	})
+}
+
 func TestRecordsForRelaysAreRare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newLinksWorld(t)

@@ -57,6 +57,7 @@ type probe struct {
 	doubt    time.Time // from here a relay gets copies
 	deadline time.Time
 	strict   bool // on a relay: only an answer ends it, not data
+	guess    bool // data is not believed only because it could come over a relay
 }
 
 // observe takes the counters of the data plane.
@@ -75,6 +76,7 @@ func (p *peer) observe(seen Activity, now time.Time) {
 	}
 	if seen.Received != old.Received {
 		p.receive(now)
+		p.dataAt = now
 		proven := !p.uncertain
 		if p.selected != nil && p.selected.relayed() {
 			proven = !p.probe.strict
@@ -189,6 +191,10 @@ func (a *Agent) driveProbe(p *peer, now time.Time) {
 	switch {
 	case p.probe.began.IsZero():
 		return
+	case !now.Before(p.probe.deadline) && p.probe.guess && p.dataAt.After(p.probe.began):
+		p.clear() // only checks are lost
+		a.copyTo(p, copying{})
+		return
 	case !now.Before(p.probe.deadline), p.probe.lost(now) && p.rival(p.probe.began) != nil:
 		a.suspect(p, now)
 		return
@@ -271,7 +277,7 @@ func (p *peer) hear(q *pair, now time.Time) {
 		p.probe.strict = true
 		return
 	}
-	p.uncertain = true
+	p.uncertain, p.probe.guess = true, false
 	if q.relayed() {
 		return
 	}

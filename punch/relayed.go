@@ -266,7 +266,8 @@ func (p *peer) handOver(old *pair, now time.Time) {
 }
 
 // doubt has everything go to the best relay, too, because the path in use owes an
-// answer. From here on data proves nothing: it may come over that relay.
+// answer. From here on data proves little: the peer may do the same, and it may
+// come over that relay. If it does not, no check of the peer comes over it either.
 func (a *Agent) doubt(p *peer, now time.Time) {
 	q := p.copying.to
 	if q == nil {
@@ -278,6 +279,7 @@ func (a *Agent) doubt(p *peer, now time.Time) {
 	if p.selected.relayed() {
 		p.probe.strict = true
 	} else {
+		p.probe.guess = p.probe.guess || !p.uncertain
 		p.uncertain = true
 	}
 	if q != p.copying.to {

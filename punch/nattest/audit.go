@@ -129,6 +129,21 @@ func (a *audit) sentToServer(b []byte, to netip.AddrPort) {
 	}
 }
 
+// relayed judges a packet for a relay. It opens no NAT.
+func (a *audit) relayed(b []byte, to netip.AddrPort, ttl int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if ttl != 0 {
+		a.fault("opener to relay %s", to)
+	}
+	if time.Since(a.answered[to]) < consentExpiry {
+		return
+	}
+	if n := count(a.endpoints, checkOf(b, to), time.Now()); n > maxPerEndpoint {
+		a.fault("%d packets within a second over relay %s, which is silent", n, to)
+	}
+}
+
 // report adds a fault that is not about a packet.
 func (a *audit) report(text string) {
 	a.mu.Lock()

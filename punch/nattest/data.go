@@ -2,6 +2,7 @@ package nattest
 
 import (
 	"bytes"
+	"encoding/binary"
 	"net/netip"
 	"sync/atomic"
 	"time"
@@ -10,10 +11,12 @@ import (
 )
 
 // dataHeader begins a packet of the data plane, as WireGuard's transport data
-// does; the sender's key follows and stands for its authentication.
+// does; the sender's key follows and stands for its authentication, then a
+// counter, by which copies are told.
 const (
 	dataHeader = "\x04\x00\x00\x00"
-	dataLen    = len(dataHeader) + len(punch.Key{})
+	keyEnd     = len(dataHeader) + len(punch.Key{})
+	dataLen    = keyEnd + 8
 	// idle is the pause in sending after which new traffic wakes the agent.
 	idle = time.Second
 )
@@ -21,14 +24,15 @@ const (
 // traffic is what the data plane knows of a peer.
 type traffic struct {
 	path     punch.Path
-	source   netip.Addr // the own address when the path was chosen
+	sources  map[netip.AddrPort]netip.Addr // the own addresses when the path was chosen
 	moves    []Move
-	sent     uint64
-	lastSent time.Time
+	sent     []time.Time
 	arrivals []time.Time
+	got      map[uint64]bool // counters that arrived
 }
 
-// Move is a change of the path to a peer.
+// Move is a change of the path to a peer; what only changes where copies go is
+// none.
 type Move struct {
 	At   time.Time
 	Path punch.Path
@@ -53,10 +57,11 @@ func (n *Node) send(to *Node) {
 	w := n.world
 	w.mu.Lock()
 	t := n.with(to.key)
-	t.sent++
-	path, source, agent := t.path, t.source, n.agent
-	wake := !path.Addr.IsValid() || time.Since(t.lastSent) > idle
-	t.lastSent = time.Now()
+	b := append([]byte(dataHeader), n.key[:]...)
+	b = binary.BigEndian.AppendUint64(b, uint64(len(t.sent)))
+	wake := !t.path.Addr.IsValid() || len(t.sent) == 0 || time.Since(t.sent[len(t.sent)-1]) > idle
+	t.sent = append(t.sent, time.Now())
+	path, sources, agent := t.path, t.sources, n.agent
 	w.mu.Unlock()
 	if agent == nil {
 		return
@@ -64,10 +69,21 @@ func (n *Node) send(to *Node) {
 	if wake {
 		agent.Demand(to.key)
 	}
-	// The source of a path is pinned, as the real data plane pins it by
-	// IP_PKTINFO: where the host has lost the address, nothing leaves.
-	if path.Addr.IsValid() && source == n.host.sourceTo(path.Addr.Addr()) {
-		_ = n.host.Send(append([]byte(dataHeader), n.key[:]...), n.port, path.Addr, 0) // data may be lost
+	for _, addr := range []netip.AddrPort{path.Addr, path.Also} {
+		if addr.IsValid() {
+			n.sendData(b, addr, sources[addr])
+		}
+	}
+}
+
+// sendData sends one packet, which may be lost. The source of a path is pinned,
+// as the real data plane pins it by IP_PKTINFO: where the host has lost the
+// address, nothing leaves.
+func (n *Node) sendData(b []byte, to netip.AddrPort, source netip.Addr) {
+	if relay, peer, ok := n.world.relayTo(to); ok {
+		_ = relay.forward(n, peer, b)
+	} else if source == n.host.sourceTo(to.Addr()) {
+		_ = n.host.Send(b, n.port, to, 0)
 	}
 }
 
@@ -75,7 +91,7 @@ func (n *Node) send(to *Node) {
 func (n *Node) with(peer punch.Key) *traffic {
 	t := n.peers[peer]
 	if t == nil {
-		t = &traffic{}
+		t = &traffic{got: map[uint64]bool{}}
 		n.peers[peer] = t
 	}
 	return t
@@ -95,6 +111,11 @@ func (n *Node) receive(b []byte, from netip.AddrPort) {
 	n.world.mu.Lock()
 	defer n.world.mu.Unlock()
 	t := n.with(punch.Key(b[len(dataHeader):]))
+	counter := binary.BigEndian.Uint64(b[keyEnd:])
+	if t.got[counter] {
+		return
+	}
+	t.got[counter] = true
 	t.arrivals = append(t.arrivals, time.Now())
 }
 
@@ -102,15 +123,25 @@ func (n *Node) onPath(p punch.Path) {
 	n.world.mu.Lock()
 	defer n.world.mu.Unlock()
 	t := n.with(p.Peer)
-	t.path, t.source = p, n.host.sourceTo(p.Addr.Addr())
-	t.moves = append(t.moves, Move{At: time.Now(), Path: p})
+	old := t.path
+	t.path = p
+	sources := map[netip.AddrPort]netip.Addr{p.Addr: n.host.sourceTo(p.Addr.Addr())}
+	if source, ok := t.sources[p.Also]; ok {
+		sources[p.Also] = source
+	}
+	if old.Addr == p.Addr && old.Local == p.Local && old.Also != p.Also {
+		sources[p.Addr] = t.sources[p.Addr]
+	} else {
+		t.moves = append(t.moves, Move{At: time.Now(), Path: p})
+	}
+	t.sources = sources
 }
 
 func (n *Node) activity(peer punch.Key) punch.Activity {
 	n.world.mu.Lock()
 	defer n.world.mu.Unlock()
 	t := n.with(peer)
-	return punch.Activity{Sent: t.sent, Received: uint64(len(t.arrivals))}
+	return punch.Activity{Sent: uint64(len(t.sent)), Received: uint64(len(t.arrivals))}
 }
 
 // Path returns the path that the agent last reported for a peer.
@@ -144,4 +175,18 @@ func (n *Node) Arrivals(from *Node, t time.Time) []time.Time {
 		}
 	}
 	return since
+}
+
+// Missing returns how many packets that a peer sent in [since, until) did not
+// arrive.
+func (n *Node) Missing(from *Node, since, until time.Time) int {
+	n.world.mu.Lock()
+	defer n.world.mu.Unlock()
+	got, missing := n.with(from.key).got, 0
+	for counter, at := range from.with(n.key).sent {
+		if !at.Before(since) && at.Before(until) && !got[uint64(counter)] {
+			missing++
+		}
+	}
+	return missing
 }

@@ -202,10 +202,15 @@ func (n *Node) learn(peer *Node) {
 	n.world.mu.Unlock()
 	if a != nil {
 		a.SetPeer(p)
+		n.useRelays(peer)
 	}
 }
 
 func (n *Node) sendPacket(b []byte, to netip.AddrPort, _ netip.Addr, ttl int) error {
+	if relay, peer, ok := n.world.relayTo(to); ok {
+		n.audit.relayed(b, to, ttl)
+		return relay.forward(n, peer, b)
+	}
 	n.audit.sent(b, to, ttl)
 	return n.host.Send(b, n.port, to, ttl)
 }

@@ -32,6 +32,7 @@ type World struct {
 	mu     sync.Mutex
 	chance *rand.Rand
 	nodes  []*Node
+	relays []*Relay
 	cut    bool // signals and netmap are not carried
 }
 
@@ -130,9 +131,11 @@ func (w *World) forbidden(ap netip.AddrPort) bool {
 }
 
 func inMesh(ap netip.AddrPort) bool {
-	mesh := []netip.Prefix{netip.MustParsePrefix("100.100.0.0/16"), netip.MustParsePrefix("fd00:aa::/48")}
+	mesh := []netip.Prefix{netip.MustParsePrefix("100.100.0.0/16"), inMeshPrefix()}
 	return slices.ContainsFunc(mesh, func(p netip.Prefix) bool { return p.Contains(ap.Addr()) })
 }
+
+func inMeshPrefix() netip.Prefix { return netip.MustParsePrefix("fd00:aa::/48") }
 
 func (w *World) signalsCut() bool {
 	w.mu.Lock()

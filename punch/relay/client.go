@@ -334,7 +334,7 @@ func (c *Client) show() {
 
 // near reports whether a round trip is about what was reported.
 func near(rtt, shown time.Duration) bool {
-	return rtt != 0 && (rtt-shown).Abs() <= max(shown/8, time.Millisecond)
+	return rtt != 0 && shown != 0 && (rtt-shown).Abs() <= max(shown/8, time.Millisecond)
 }
 
 func text(err error) string {

@@ -20,7 +20,7 @@ const (
 	trialHellos  = 6
 	choiceHolds  = 300 * time.Millisecond // no other address is tried meanwhile
 	admitPause   = 300 * time.Millisecond // between admissions with one cookie
-	admitRate    = 5 // admissions a second
+	admitRate    = 5                      // admissions a second
 	admitBurst   = 10
 	minRefused   = 500 * time.Millisecond
 	maxRefused   = 30 * time.Second

@@ -13,6 +13,7 @@ import (
 
 	"overlay/coord"
 	"overlay/coord/trust"
+	"overlay/punch/relay"
 )
 
 // sink is a connection that takes everything and says nothing.
@@ -55,21 +56,7 @@ func BenchmarkFanOut(b *testing.B) {
 func BenchmarkIdleStream(b *testing.B) {
 	const streams = 300
 	c := startChild(b, b.TempDir())
-	invite, err := coord.ParseInvite(c.invite)
-	if err != nil {
-		b.Fatal(err)
-	}
-	o := newOwner(b, invite)
-	if o.member, err = coord.Join(b.Context(), o.config, nil); err != nil {
-		b.Fatal(err)
-	}
-	i, nodes := o.invite(b, uses(streams)), make([]*node, streams)
-	for k := range nodes {
-		nodes[k] = newNode(b)
-		if err := nodes[k].join(b, i, "n"); err != nil {
-			b.Fatal(err)
-		}
-	}
+	o, nodes := c.members(b, streams)
 	for b.Loop() {
 		before := c.resident(b)
 		var wg sync.WaitGroup
@@ -88,6 +75,52 @@ func BenchmarkIdleStream(b *testing.B) {
 			_ = e.Close()
 		}
 		wg.Wait()
+	}
+}
+
+// members are n of a mesh of the child.
+func (c *child) members(b *testing.B, n int) (*owner, []*node) {
+	b.Helper()
+	invite, err := coord.ParseInvite(c.invite)
+	if err != nil {
+		b.Fatal(err)
+	}
+	o := newOwner(b, invite)
+	if o.member, err = coord.Join(b.Context(), o.config, nil); err != nil {
+		b.Fatal(err)
+	}
+	i, nodes := o.invite(b, uses(uint16(n))), make([]*node, n)
+	for k := range nodes {
+		nodes[k] = newNode(b)
+		if err := nodes[k].join(b, i, "n"); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return o, nodes
+}
+
+// BenchmarkIdleRelay reports what one idle TLS client of the relay costs a
+// server in a process of its own.
+func BenchmarkIdleRelay(b *testing.B) {
+	clients := 1000
+	if testing.Short() {
+		clients = 200
+	}
+	c := startChild(b, b.TempDir())
+	o, nodes := c.members(b, clients)
+	w := o.welcomed(b, o.server)
+	for b.Loop() {
+		before := c.resident(b)
+		var open []*link
+		for _, n := range nodes {
+			l := n.linkTo(b, o.server, w, nil)
+			l.until(relay.TLS)
+			open = append(open, l)
+		}
+		b.ReportMetric(float64(c.resident(b)-before)/1024/float64(clients), "KiB/client")
+		for _, l := range open {
+			l.stop()
+		}
 	}
 }
 

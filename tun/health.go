@@ -3,7 +3,7 @@ package tun
 // Drops counts what a Device received and did not pass on since Open. The zero
 // value is that of a new Device.
 type Drops struct {
-	Foreign    uint64 // datagrams that are neither STUN nor WireGuard nor a fragment
+	Foreign    uint64 // datagrams of no kind that is taken there, or of no flow of the relay they come from
 	Fragments  uint64 // fragments that fit to no peer's session and path, or are broken
 	Incomplete uint64 // messages of which some fragments came, but not all
 	Broken     uint64 // containers with a record that is not valid

@@ -2,7 +2,6 @@ package tun
 
 import (
 	"encoding/binary"
-	"log/slog"
 	"net/netip"
 	"slices"
 	"sync/atomic"
@@ -217,7 +216,7 @@ func (t *peers) sender(a netip.AddrPort) *endpoint {
 func (d *Device) SetLink(id uint16, l Link) {
 	l.Addr = netip.AddrPortFrom(l.Addr.Addr().Unmap(), l.Addr.Port())
 	if id == 0 || id >= relayedPort || d.config.meshed(l.Addr.Addr()) {
-		d.log.Warn("link not set", slog.Int("link", int(id)), "why", "number out of range or address inside the mesh")
+		d.log.Warn("link not set", "link", id, "why", "number out of range or address inside the mesh")
 		return
 	}
 	d.peers.setLink(id, l)

@@ -191,6 +191,9 @@ func (a *arrival) parse(b []byte) {
 		}
 		b = rest
 	}
+	if a.local.IsUnspecified() { // it came before that was asked for
+		a.local = netip.Addr{}
+	}
 }
 
 // transport is where the arrival came from, and can be answered.

@@ -1,0 +1,276 @@
+package relay
+
+import (
+	"crypto/ed25519"
+	"testing"
+	"time"
+
+	"overlay/punch"
+)
+
+func TestAdmission(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	m, here, there := w.guest(1), place("192.0.2.1:1000"), place("198.51.100.1:1000")
+	if w.say(m.hello(), here); len(w.s.nodes) != 0 {
+		t.Fatal("a HELLO is remembered")
+	}
+	w.join(m, here)
+	m.cookie = cookie{}
+	w.mustPong(m, m.hello(), here)
+	c, ok := parseChallenge(w.say(m.hello(), there))
+	if !ok || w.active(m).addr != here.addr {
+		t.Fatal("a node moves without a cookie")
+	}
+	m.cookie = c.cookie
+	w.mustPong(m, m.hello(), there)
+	if w.active(m).addr != there.addr {
+		t.Error("the node did not move")
+	}
+	if st := w.s.Stats(); st.Nodes != 1 || st.Streams != 0 {
+		t.Errorf("%+v", st)
+	}
+	key, ok := w.s.Session(m.session.id[:])
+	if !ok || [32]byte(key) != m.session.mac {
+		t.Error("the session is not known")
+	}
+	if _, ok = w.s.Session([]byte("too short")); ok {
+		t.Error("any session is known")
+	}
+}
+
+func TestVerifiedOnce(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	m, here := w.guest(1), place("192.0.2.1:1000")
+	w.join(m, here)
+	w.mustPong(m, m.admit(), here)
+	if w.looks != 1 {
+		t.Errorf("%d looks at the same credentials", w.looks)
+	}
+	w.pass(verifiedFor + time.Second)
+	w.s.expire()
+	w.join(m, here)
+	if w.looks != 2 {
+		t.Errorf("%d looks after a while", w.looks)
+	}
+}
+
+// What was recorded of an admission is worth nothing, wherever it is sent from,
+// and also once the node was forgotten.
+func TestAdmissionReplay(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	m, here, there := w.guest(1), place("192.0.2.1:1000"), place("198.51.100.1:1000")
+	w.join(m, here)
+	recorded, old := m.admit(), m.hello()
+	w.mustPong(m, recorded, here)
+	if reply := w.say(recorded, here); reply != nil {
+		t.Errorf("answered with % x", reply)
+	}
+	if _, ok := parseChallenge(w.say(recorded, there)); !ok || w.active(m).addr != here.addr {
+		t.Error("a replayed admission moves the node")
+	}
+	w.mustPong(m, m.hello(), here)
+	if reply := w.say(old, here); reply != nil {
+		t.Errorf("an old HELLO is answered with % x", reply)
+	}
+	w.pass(nodeLife + time.Second)
+	w.s.expire()
+	if reply := w.say(recorded, here); reply != nil || w.s.Stats().Nodes != 0 {
+		t.Errorf("a replayed admission brings a node back: % x", reply)
+	}
+	if got := w.s.Stats().Drops.Replayed; got != 3 {
+		t.Errorf("%d replays counted", got)
+	}
+	m.counter += 10
+	w.join(m, here)
+}
+
+func TestAdmissionRefused(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	here, there := place("192.0.2.1:1000"), place("192.0.2.1:1001")
+	m, other := w.guest(1), w.guest(2)
+	stranger := w.stranger(3)
+	for _, c := range []struct {
+		name string
+		by   *guest
+		make func(m *guest) []byte
+		want kind
+	}{
+		{"foreign credentials", stranger, (*guest).admit, kindRefused},
+		{"credentials of another node", m, func(m *guest) []byte {
+			a := m.admission()
+			a.credentials = []byte(other.credentials)
+			return m.build(a)
+		}, kindRefused},
+		{"signature of another device", m, func(m *guest) []byte {
+			forger := *m
+			forger.device = other.device
+			return forger.admit()
+		}, kindRefused},
+		{"signature for another relay", m, func(m *guest) []byte {
+			b, _ := m.admission().build(&m.session, [32]byte{7}, m.device)
+			return b
+		}, kindRefused},
+		{"another's MAC key", m, func(m *guest) []byte {
+			forger := *m
+			forger.session.mac = other.session.mac
+			return forger.admit()
+		}, 0},
+		{"another's session", m, func(m *guest) []byte {
+			forger := *m
+			forger.session.id = other.session.id
+			return forger.admit()
+		}, 0},
+		{"key of low order", m, func(m *guest) []byte {
+			a := m.admission()
+			a.node = punch.Key{}
+			return m.build(a)
+		}, 0},
+		{"no cookie", m, func(m *guest) []byte {
+			a := m.admission()
+			a.cookie = cookie{}
+			return m.build(a)
+		}, kindChallenge},
+		{"cookie of another port", m, func(m *guest) []byte {
+			a := m.admission()
+			a.cookie = w.s.cookies.make(there.addr, w.s.clock())
+			return m.build(a)
+		}, kindChallenge},
+		{"cookie of a while ago", m, func(m *guest) []byte {
+			b := m.admit()
+			w.pass(2 * cookieAge)
+			return b
+		}, kindChallenge},
+		{"damaged", m, func(m *guest) []byte { return m.admit()[:admitFixed] }, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.by.cookie = w.s.cookies.make(here.addr, w.s.clock())
+			reply := w.say(c.make(c.by), here)
+			if kindOf(reply) != c.want {
+				t.Errorf("answer % x", reply)
+			}
+			if r, ok := parseRefused(reply); ok && (r.reason != refusedStranger || !c.by.session.sealed(reply)) {
+				t.Errorf("refused with %d", r.reason)
+			}
+			if len(w.s.nodes) != 0 {
+				t.Error("it is remembered")
+			}
+		})
+	}
+}
+
+func TestOpen(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	a, b, c := w.guest(1), w.guest(2), w.guest(3)
+	atA, atB := place("192.0.2.1:1000"), place("192.0.2.2:1000")
+	w.join(a, atA)
+	if got := w.mustOpen(a, atA, b, c, a); got != 0 || len(w.s.flows) != 0 {
+		t.Errorf("flows %b to nodes that are not here", got)
+	}
+	w.join(b, atB)
+	if got := w.mustOpen(a, atA, c, b); got != 0b10 || len(w.s.flows) != 1 {
+		t.Errorf("flows %b", got)
+	}
+	if got := w.mustOpen(b, atB, a); got != 1 || len(w.s.flows) != 1 {
+		t.Errorf("flows %b from the other side", got)
+	}
+	a.cookie = w.s.cookies.make(atB.addr, w.s.clock())
+	if reply := w.say(a.open(b), atB); reply != nil {
+		t.Errorf("an OPEN from an address that is not validated: % x", reply)
+	}
+	again := a.open(b)
+	w.say(again, atA)
+	if reply := w.say(again, atA); reply != nil {
+		t.Errorf("a replayed OPEN: % x", reply)
+	}
+	forged := a.open(b)
+	forged[len(forged)-1]++
+	if reply := w.say(forged, atA); reply != nil {
+		t.Errorf("a forged OPEN: % x", reply)
+	}
+	if reply := w.say(c.open(b), atA); reply != nil {
+		t.Errorf("an OPEN of a node that is not here: % x", reply)
+	}
+}
+
+func TestTablesAreBounded(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	a, b, late := w.guest(1), w.guest(2), w.guest(3)
+	atA, atLate := place("192.0.2.1:1000"), place("192.0.2.3:1000")
+	w.join(a, atA)
+	w.join(b, place("192.0.2.2:1000"))
+	w.s.nodes[a.key].flows = maxNodeFlows
+	if got := w.mustOpen(a, atA, b); got != 0 {
+		t.Error("a node has more flows than it may")
+	}
+	w.s.nodes[a.key].flows = 0
+	for i := len(w.s.nodes); i < maxNodes; i++ {
+		k := punch.Key{1, byte(i >> 8), byte(i)}
+		w.s.nodes[k] = &node{key: k}
+	}
+	late.cookie = w.s.cookies.make(atLate.addr, w.s.clock())
+	if r, ok := parseRefused(w.say(late.admit(), atLate)); !ok || r.reason != refusedFull {
+		t.Errorf("one node too many: %+v %v", r, ok)
+	}
+	w.mustPong(a, a.admit(), atA)
+	for i := len(w.s.flows); i < maxFlows; i++ {
+		w.s.flows[uint64(i)] = nil
+	}
+	if got := w.mustOpen(a, atA, b); got != 0 {
+		t.Error("one flow too many")
+	}
+}
+
+func TestRetain(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	a, b, c := w.guest(1), w.guest(2), w.guest(3)
+	atA, atB := place("192.0.2.1:1000"), place("192.0.2.2:1000")
+	w.join(a, atA)
+	w.join(b, atB)
+	l, _, n := w.connect(c, "192.0.2.3:1000")
+	w.mustOpen(a, atA, b, c)
+	gone := c.public()
+	w.s.Retain(func(d [32]byte) bool { return d != gone })
+	if st := w.s.Stats(); st.Nodes != 2 || st.Flows != 1 || !l.closed || n.active.Load() != nil {
+		t.Errorf("%+v, closed %v", st, l.closed)
+	}
+	if w.s.nodes[a.key].flows != 1 {
+		t.Errorf("%d flows counted", w.s.nodes[a.key].flows)
+	}
+	w.remove(b)
+	b.cookie = w.s.cookies.make(atB.addr, w.s.clock())
+	w.mustPong(b, b.admit(), atB) // what was verified is kept …
+	gone = b.public()
+	w.s.Retain(func(d [32]byte) bool { return d != gone })
+	if r, ok := parseRefused(w.say(b.admit(), atB)); !ok || r.reason != refusedStranger { // … but not for ever
+		t.Error("a withdrawn device is admitted")
+	}
+}
+
+// A device withdrawn while its credentials are being verified is not admitted by
+// what was true before.
+func TestRetainDuringAdmission(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	m, here := w.guest(1), place("192.0.2.1:1000")
+	m.cookie = w.s.cookies.make(here.addr, w.s.clock())
+	w.onVerify = func() {
+		w.remove(m)
+		w.onVerify = nil
+		w.s.Retain(func(d [32]byte) bool { return d != m.public() })
+	}
+	if r, ok := parseRefused(w.say(m.admit(), here)); !ok || r.reason != refusedStranger || len(w.s.nodes) != 0 {
+		t.Errorf("admitted: %+v %v", r, ok)
+	}
+	if w.looks != 2 {
+		t.Errorf("verified %d times", w.looks)
+	}
+}
+
+func TestNewServerRefuses(t *testing.T) {
+	if _, err := NewServer(ServerConfig{}); err == nil {
+		t.Error("a server that verifies nothing")
+	}
+	s, err := NewServer(ServerConfig{PrivateKey: [32]byte{1}, Verify: func([]byte) (Identity, error) { return Identity{}, nil }})
+	if err != nil || len(s.PublicKey()) != ed25519.PublicKeySize {
+		t.Error(err)
+	}
+}

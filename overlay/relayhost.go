@@ -14,11 +14,12 @@ import (
 	"overlay/coord/trust"
 )
 
-// Defaults and bounds of a standalone relay.
+// Defaults and bounds of a standalone relay, and the tag of an invite for one.
 const (
 	DefaultRelayDir    = "/var/lib/overlay-relay"
 	DefaultRelayListen = ":443"
 	MaxRelayRate       = 1_000_000 // Mbit/s
+	RelayTag           = trust.RelayTag
 )
 
 // RelayConfig says how to run a standalone relay. Empty fields mean the
@@ -110,7 +111,7 @@ func openRelayDir(ctx context.Context, st store, invite string) (unlock func(), 
 }
 
 func errRelayNotJoined() *Error {
-	return fail(Refused, "on the machine that founded the mesh: overlay invite --tag "+trust.RelayTag+", then here: overlay relay ovl1_...",
+	return fail(Refused, "on the machine that founded the mesh: overlay invite --tag "+RelayTag+", then here: overlay relay ovl1_...",
 		"this relay has not joined a mesh")
 }
 
@@ -133,7 +134,7 @@ func joinRelay(ctx context.Context, c RelayConfig, st store, invite string) (*me
 		return nil, err
 	}
 	if inv.Kind == coord.InviteOwner {
-		return nil, fail(Refused, "found it first, with the same invite: sudo overlay up; there: overlay invite --tag "+trust.RelayTag,
+		return nil, fail(Refused, "found it first, with the same invite: sudo overlay up; there: overlay invite --tag "+RelayTag,
 			"this is the invite for the first machine of a mesh; a relay joins a mesh that there is")
 	}
 	cfg, err := relayJoin(c, st, inv)

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -55,19 +56,23 @@ join: hand it on as you would a password.`,
 		if asJSON {
 			return printJSON(cmd.OutOrStdout(), inviteOutput{schema, reply})
 		}
-		explainInvite(cmd, reply)
+		explainInvite(cmd, reply, r.Tags)
 		return printLine(cmd.OutOrStdout(), reply.Invite)
 	}
 	return cmd
 }
 
-func explainInvite(cmd *cobra.Command, r overlay.InviteReply) {
+func explainInvite(cmd *cobra.Command, r overlay.InviteReply, tags []string) {
 	times := "once"
 	if r.Uses > 1 {
 		times = fmt.Sprintf("%d times", r.Uses)
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "works %s, until %s; on the other machine run:  sudo overlay up  with this invite\n",
-		times, r.Expires.Local().Format("2006-01-02 15:04 MST"))
+	where := "the other machine run:  sudo overlay up"
+	if slices.Contains(tags, overlay.RelayTag) {
+		where = "the relay's machine run:  sudo overlay relay"
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "works %s, until %s; on %s  with this invite\n",
+		times, r.Expires.Local().Format("2006-01-02 15:04 MST"), where)
 }
 
 // parseLife reads a duration, with d for days beside Go's units.

@@ -79,9 +79,9 @@ func waitServing(ts *testscript.TestScript, name string) string {
 	return ""
 }
 
-// stop NAME ends a server as a user does and wants it to end well.
-func stopServer(ts *testscript.TestScript, neg bool, args []string) {
-	usage(ts, neg, len(args) != 1, "stop NAME")
+// end NAME ends a server as a user does and wants it to end well.
+func endServer(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, neg, len(args) != 1, "end NAME")
 	cmd := servers(ts)[args[0]]
 	delete(servers(ts), args[0])
 	ts.Check(cmd.Process.Signal(os.Interrupt))

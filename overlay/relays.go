@@ -24,8 +24,11 @@ const (
 	linkTick = 5 * time.Second
 	// demandFor is how long a demanded peer has its flows open at the relays.
 	demandFor = time.Minute
-	// publishGap is the shortest time between two records for the relays' sake.
-	publishGap = 2 * time.Second
+	// The shortest time between two records for the relays' sake; it doubles while
+	// there are many, and is the first one again after a pause.
+	firstPublishGap = 100 * time.Millisecond
+	lastPublishGap  = 4 * time.Second
+	publishPause    = 10 * time.Second
 	// judgeEvery is how often a link is measured: as often as it is kept alive.
 	judgeEvery = 20 * time.Second
 	// maxLinkID is the highest number of a link; see tun.Device.SetLink.
@@ -104,11 +107,17 @@ type relayLink struct {
 
 func (k *relayLink) up() bool { return k.state.Transport != relay.None }
 
-// tells reports whether a peer is to be reached, or is worth asking for, at this
-// relay: one that named no relay yet may be at any.
-func (k *relayLink) tells(p linkPeer) bool {
-	_, listed := tripTo(p.relays, trust.Key(k.info.key))
-	return listed || len(p.relays) == 0
+// worth reports whether a peer is to be looked for at a relay: where it says it
+// is, and anywhere while none of the relays it named is up; its record may be old.
+// mu is held.
+func (l *links) worth(k *relayLink, p linkPeer) bool {
+	if _, listed := tripTo(p.relays, trust.Key(k.info.key)); listed {
+		return true
+	}
+	return !slices.ContainsFunc(p.relays, func(r trust.RelayTrip) bool {
+		other := l.open[punch.Key(r.Relay)]
+		return other != nil && other.up()
+	})
 }
 
 // way is what a handle stands for.
@@ -141,6 +150,7 @@ type links struct {
 	ways      map[netip.AddrPort]way
 	published []trust.RelayTrip
 	publishAt time.Time // not before
+	gap       time.Duration
 }
 
 func newLinks(c linksConfig) *links {
@@ -318,7 +328,7 @@ func (l *links) signal(to punch.Key, sealed []byte) error {
 func (l *links) bestHandle(to punch.Key) (handle netip.AddrPort, here bool) {
 	var best *relayLink
 	for _, k := range l.open {
-		if !k.up() || !k.tells(l.peers[to]) && !k.here[to] || !l.handles[to][k.id].IsValid() {
+		if !k.up() || !l.worth(k, l.peers[to]) && !k.here[to] || !l.handles[to][k.id].IsValid() {
 			continue
 		}
 		if best == nil || k.here[to] && !best.here[to] || k.here[to] == best.here[to] && k.state.RTT < best.state.RTT {
@@ -465,7 +475,11 @@ func (l *links) tellRecord(now time.Time) time.Duration {
 	if now.Before(l.publishAt) {
 		return l.publishAt.Sub(now)
 	}
-	l.publishAt = now.Add(publishGap)
+	if now.Sub(l.publishAt) > publishPause {
+		l.gap = firstPublishGap
+	}
+	l.publishAt = now.Add(l.gap)
+	l.gap = min(2*l.gap, lastPublishGap)
 	l.cfg.publish()
 	return linkTick
 }

@@ -302,6 +302,27 @@ func TestAnotherRelayTakesOver(t *testing.T) {
 	})
 }
 
+// A record that is too old to name the relay where a peer is must not keep the
+// peer from being found there.
+func TestPeerIsLookedForElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newLinksWorld(t)
+		defer w.end()
+		bob := linkPeer{key: punch.Key{1}, online: true, relays: tripsOf("berlin1")}
+		w.members(standalone("berlin1", "paris2"), bob)
+		w.up("berlin1", 5*ms)
+		w.up("paris2", 9*ms)
+		if f := w.fakes["paris2"]; len(f.peers) > 0 || len(w.relays[bob.key]) != 1 {
+			t.Fatalf("looked for at %v too", f.peers)
+		}
+		w.state("berlin1", relay.State{})
+		if f := w.fakes["paris2"]; !slices.Equal(f.peers, []punch.Key{bob.key}) {
+			t.Fatalf("paris2 is asked for %v", f.peers)
+		}
+		w.wantRelays(bob.key, punch.Relay{Addr: handle(bob.key, w.fakes["paris2"].link.id)})
+	})
+}
+
 // A relay that is used no more and used again keeps its number, and its client
 // counts on: relays take old sequences for replays.
 func TestLinkNumbersAndBoots(t *testing.T) {
@@ -367,10 +388,13 @@ func TestHomeOfAPeer(t *testing.T) {
 			t.Fatal("four links to standalone relays")
 		}
 		w.members(all, bob)
-		if f := w.fakes["far9"]; f.ended || !slices.Equal(f.peers, []punch.Key{bob.key}) || len(w.fakes["a1"].peers) > 0 {
-			t.Fatalf("far9: %+v", f)
+		if f := w.fakes["far9"]; f.ended || !slices.Equal(f.peers, []punch.Key{bob.key}) {
+			t.Fatalf("far9: ended %v, peers %v", f.ended, f.peers)
 		}
 		w.up("far9", 99*ms)
+		if list := w.fakes["a1"].peers; len(list) > 0 {
+			t.Fatalf("%v are looked for at a1", list)
+		}
 		bob.relays = tripsOf("far9", "a1")
 		w.members(all, bob)
 		if w.fakes["far9"].ended {
@@ -417,7 +441,7 @@ func TestRecordsForRelaysAreRare(t *testing.T) {
 			w.up("server0", time.Duration(10+10*(i%2))*ms)
 			time.Sleep(100 * ms)
 		}
-		if n := len(w.published); n < 2 || n > 7 {
+		if n := len(w.published); n < 2 || n > 9 {
 			t.Fatalf("published %d times in 10 s", n)
 		}
 		n := len(w.published)

@@ -158,7 +158,7 @@ func (l *links) usable(p linkPeer, open []*relayLink) []punch.Relay {
 	var list []punch.Relay
 	for _, k := range open {
 		handle := l.handles[p.key][k.id]
-		if !k.up() || !handle.IsValid() || !k.tells(p) && !k.here[p.key] {
+		if !k.up() || !handle.IsValid() || !l.worth(k, p) && !k.here[p.key] {
 			continue
 		}
 		r := punch.Relay{Addr: handle, Here: k.here[p.key]}
@@ -202,7 +202,7 @@ func (l *links) wantedAt(k *relayLink, now time.Time) []punch.Key {
 		if !demanded {
 			delete(l.demands, p.key)
 		}
-		if (p.online || demanded) && (k.info.own || k.tells(p)) {
+		if (p.online || demanded) && (k.info.own || l.worth(k, p)) {
 			list = append(list, p.key)
 		}
 	}

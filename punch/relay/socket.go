@@ -15,6 +15,7 @@ import (
 const (
 	socketBuffer    = 7 << 20 // bytes asked for, each way
 	receiveMessages = 16      // of one recvmmsg, each up to 64 datagrams
+	largeMessages   = 4       // when the last ones were large: what is sent soon is still in the cache
 	receiveSize     = 1 << 16 // bytes of each
 	receiveControl  = 96      // local address and segment size
 )
@@ -108,6 +109,7 @@ type receiver struct {
 	bufs    [receiveMessages][]byte
 
 	count int
+	bytes int // of the last recvmmsg
 	errno syscall.Errno
 	run   func(fd uintptr) bool
 }
@@ -130,16 +132,23 @@ func newReceiver(s *socket) *receiver {
 
 // recvmmsg reports false when the socket is empty.
 func (r *receiver) recvmmsg(fd uintptr) bool {
-	for i := range r.msgs {
+	most := receiveMessages
+	if r.bytes > receiveSize {
+		most = largeMessages
+	}
+	for i := range r.msgs[:most] {
 		r.msgs[i].head.Namelen = unix.SizeofSockaddrInet6
 		r.msgs[i].head.SetControllen(receiveControl)
 	}
 	for {
 		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.msgs[0])),
-			receiveMessages, unix.MSG_DONTWAIT, 0, 0)
+			uintptr(most), unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
-			r.count = int(n)
+			r.count, r.bytes = int(n), 0
+			for i := range r.msgs[:n] {
+				r.bytes += int(r.msgs[i].size)
+			}
 			return true
 		case unix.EAGAIN:
 			return false

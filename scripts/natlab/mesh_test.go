@@ -87,12 +87,15 @@ func (m *mesh) explain(t *testing.T) {
 		t.Logf("log of relay %s:\n%s", name, r.process.tail())
 	}
 	for _, n := range m.members {
+		before, err := os.ReadFile(n.state() + "/overlay.log")
+		t.Logf("log of %s: %v\n%s", n.nodeName, err, before[max(0, len(before)-maxShown):])
 		if pid, err := n.daemonPID(); err == nil {
 			unix.Kill(pid, unix.SIGQUIT)
 			time.Sleep(time.Second)
 		}
 		text, err := os.ReadFile(n.state() + "/overlay.log")
-		t.Logf("log of %s: %v\n%s", n.nodeName, err, text[max(0, len(text)-maxShown):])
+		stacks := text[min(len(before), len(text)):]
+		t.Logf("stacks of %s: %v\n%s", n.nodeName, err, stacks[:min(len(stacks), maxShown)])
 	}
 }
 

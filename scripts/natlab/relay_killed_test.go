@@ -46,6 +46,8 @@ func relaysDie(t *testing.T, all *figures, x mix) {
 		k.run(t, i)
 	}
 	m.addRelay(t, "r2")
+	// Each tells the other through the server where it is to be found.
+	time.Sleep(relaySettle)
 	if err := m.coord.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -77,13 +79,13 @@ func (k *relayKiller) run(t *testing.T, i int) {
 	}
 	at := ping.now()
 	k.killRelay(t, used.Relay)
-	time.Sleep(relayKilledBar + time.Second)
+	time.Sleep(2*relayKilledBar + time.Second)
 	gap := longestGap(answeredSince(ping.stop(t), at-inFlight))
 	next := k.a.relayTo(t, k.b)
 	t.Logf("%s, run %d: %s killed, gap %v, then %s", k.cell, i, used.Relay, gap, next.Relay)
 	k.all.add(k.cell, whatGap, gap)
-	if next.Relay == used.Relay {
-		t.Errorf("%s, run %d: path is still %+v", k.cell, i, next)
+	if next.Relay == used.Relay || next.Relay == "" || gap > relayKilledBar {
+		t.Errorf("%s, run %d: path was %+v and is %+v", k.cell, i, used, next)
 	}
 	k.startRelay(t, used.Relay)
 	start := time.Now()

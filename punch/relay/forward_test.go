@@ -361,7 +361,7 @@ func TestBadSourceAddress(t *testing.T) {
 	for _, stride := range []int{100, 0} {
 		now := w.active(b.guest)
 		way := &transport{addr: now.addr, socket: now.socket, name: now.name, size: now.size, local: netip.MustParseAddr("192.0.2.1")}
-		w.s.nodes[b.key].active.Store(way)
+		w.node(b.guest).active.Store(way)
 		d := a.datagram(b, "there", 100)
 		if stride > 0 {
 			a.sendTrain(slices.Concat(d, d), stride)

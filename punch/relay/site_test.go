@@ -204,7 +204,13 @@ func (w *site) mustOpen(m *guest, t *transport, peers ...*guest) uint32 {
 	return o.bitmap
 }
 
-func (w *site) active(m *guest) *transport { return w.s.nodes[m.key].active.Load() }
+func (w *site) node(m *guest) *node {
+	w.s.mu.RLock()
+	defer w.s.mu.RUnlock()
+	return w.s.nodes[m.key]
+}
+
+func (w *site) active(m *guest) *transport { return w.node(m).active.Load() }
 
 // line is a connection that remembers what was offered.
 type line struct {

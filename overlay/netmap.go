@@ -153,7 +153,11 @@ func (r *roster) admit(n coord.Node) bool {
 	}
 	known := m.node.Record
 	m.node, m.cert = n, cert
-	if rec, ok := r.newerRecord(m.record, n); ok {
+	rec, ok := r.newerRecord(m.record, n)
+	if ok && !m.peer() && len(rec.Candidates) == 0 {
+		ok = len(m.record.Candidates) == 0 // a relay that looks for its address is where it was
+	}
+	if ok {
 		m.record = rec
 	} else {
 		m.node.Record = known // for the cache: a server that restarted has none

@@ -27,8 +27,11 @@ const (
 	// The shortest time between two records for the relays' sake; it doubles while
 	// there are many, and is the first one again after a pause.
 	firstPublishGap = 100 * time.Millisecond
-	lastPublishGap  = 4 * time.Second
+	lastPublishGap  = time.Second
 	publishPause    = 10 * time.Second
+	// askEverywhere is how many peers are looked for at all relays, whatever their
+	// records say: as many as fit into three messages.
+	askEverywhere = 84
 	// judgeEvery is how often a link is measured: as often as it is kept alive.
 	judgeEvery = 20 * time.Second
 	// maxLinkID is the highest number of a link; see tun.Device.SetLink.

@@ -193,16 +193,17 @@ func (s *spread) setClients(open []*relayLink) {
 }
 
 // wantedAt lists the peers to whom flows at a relay are to be open; mu is held.
-// At the own server's relay it asks for all: a peer may be there although its
-// record does not say so yet.
+// A peer may be there although its record does not say so yet: in a small mesh, and
+// at the own server's relay, it asks for all.
 func (l *links) wantedAt(k *relayLink, now time.Time) []punch.Key {
 	var list []punch.Key
+	all := k.info.own || len(l.peers) <= askEverywhere
 	for _, p := range l.peers {
 		demanded := now.Before(l.demands[p.key])
 		if !demanded {
 			delete(l.demands, p.key)
 		}
-		if (p.online || demanded) && (k.info.own || l.worth(k, p)) {
+		if (p.online || demanded) && (all || l.worth(k, p)) {
 			list = append(list, p.key)
 		}
 	}

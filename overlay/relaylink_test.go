@@ -1,0 +1,153 @@
+package overlay
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+	"overlay/punch"
+	"overlay/punch/relay"
+)
+
+// A relay is a member, but neither a WireGuard peer nor one to punch to.
+func TestRelaysAreNoPeers(t *testing.T) {
+	m := newTestMesh(t)
+	self, bob, fra := m.node("alice", m.signer), m.node("bob", m.signer), m.relay("fra")
+	at := netip.MustParseAddrPort("203.0.113.7:443")
+	record := func(serial uint64, list ...trust.Endpoint) coord.Node {
+		n := fra.node
+		n.Record = must[trust.Document](t)(trust.SignRecord(trust.Record{Device: fra.cert.Device, Serial: serial, Candidates: list}, fra.device))
+		return n
+	}
+	r := m.roster(self)
+	_, changed := r.apply(&coord.Netmap{Nodes: []coord.Node{bob.node, record(5, trust.Endpoint{Addr: at, Type: uint8(punch.PortMapped)})}}, true)
+	if len(changed) != 1 || changed[0].Key != punch.Key(bob.w.PublicKey()) {
+		t.Fatalf("changed %+v, want bob only", changed)
+	}
+	own := punch.Key(self.w.PublicKey())
+	if len(r.peers(own)) != 1 || len(r.linkPeers()) != 1 {
+		t.Fatal("the relay is a peer")
+	}
+	if _, changed := r.apply(&coord.Netmap{}, true); len(changed) != 1 {
+		t.Fatalf("changed %+v, want bob only", changed)
+	}
+	r.apply(&coord.Netmap{Nodes: []coord.Node{record(6)}}, false) // it looks for its address again
+	for _, r := range []*roster{r, m.again(self, r)} {
+		list := r.relays()
+		if len(list) != 1 || list[0].key != punch.Key(fra.cert.WireGuard) || list[0].name != "fra" ||
+			!slices.Equal(list[0].addrs, []netip.AddrPort{at}) || !slices.Equal(list[0].servers, []string{at.String()}) {
+			t.Fatalf("relays %+v", list)
+		}
+		pinOf := func(n testNode) trust.Hash {
+			return sha256.Sum256(must[[]byte](t)(x509.MarshalPKIXPublicKey(n.device.Public())))
+		}
+		if list[0].verify(pinOf(fra)) != nil || list[0].verify(pinOf(bob)) == nil {
+			t.Fatal("its TLS is not pinned to its device key")
+		}
+	}
+	s := &session{roster: r}
+	if _, err := s.find("fra"); KindOf(err) != Usage || !strings.Contains(err.Error(), "is a relay") {
+		t.Fatalf("looking for the relay as a peer: %v", err)
+	}
+}
+
+// again is a roster as it is after a restart from the cache.
+func (m *testMesh) again(self testNode, r *roster) *roster {
+	again := m.roster(self)
+	again.apply(&coord.Netmap{Nodes: r.snapshot().Nodes}, true)
+	return again
+}
+
+func TestPublishNamesRelays(t *testing.T) {
+	c := newTestControl(t)
+	c.relays = func() []trust.RelayTrip { return tripsOf("a1", "b2") }
+	p := must[*coord.Publish](t)(c.record())
+	if got := must[trust.Record](t)(trust.OpenRecord(p.Record)).Relays; !slices.Equal(got, tripsOf("a1", "b2")) {
+		t.Fatalf("relays %v", got)
+	}
+}
+
+func TestCachedRelay(t *testing.T) {
+	st := store{t.TempDir()}
+	addrs := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:3478"), netip.MustParseAddrPort("[2001:db8::1]:443")}
+	key := relayKey(7)
+	if err := st.save(netmapFile, cache{Relay: &cachedRelay{Server: "vpn.example.org:443", Key: key[:], Addrs: addrs}}); err != nil {
+		t.Fatal(err)
+	}
+	var c cache
+	if _, err := st.load(netmapFile, &c); err != nil || !c.Relay.usable() {
+		t.Fatalf("%+v: %v", c.Relay, err)
+	}
+	if r := c.Relay.info(nil); r.key != key || r.name != "vpn.example.org" || !slices.Equal(r.addrs, addrs) || !slices.Equal(r.servers, []string{"vpn.example.org:443"}) {
+		t.Fatalf("relay %+v", r)
+	}
+	for _, bad := range []*cachedRelay{nil, {Server: "a:1", Key: key[1:]}, {Server: "a", Key: key[:]}} {
+		if bad.usable() {
+			t.Errorf("%+v is usable", bad)
+		}
+	}
+}
+
+// With the server out of reach a call comes out of a flow, and its answer goes
+// into one.
+func TestSignalsThroughRelays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newTestMesh(t)
+		alice, bob := m.node("alice", m.signer), m.node("bob", m.signer)
+		w := newLinksWorld(t)
+		defer w.end()
+		s := &session{roster: m.roster(alice), control: newTestControl(t), links: w.links, log: slog.New(slog.DiscardHandler)}
+		s.roster.apply(&coord.Netmap{Nodes: []coord.Node{bob.node}}, true)
+		var calls [][]byte
+		agent := func(n testNode, signal func(punch.Key, []byte) error) *punch.Agent {
+			a := must[*punch.Agent](t)(punch.New(punch.Config{
+				PrivateKey: n.w, Mesh: m.hash, Signal: signal,
+				Send: func([]byte, netip.AddrPort, netip.Addr, int) error { return nil },
+			}))
+			go func() { _ = a.Run(t.Context()) }()
+			return a
+		}
+		s.agent = agent(alice, s.sendSignal)
+		b := agent(bob, func(_ punch.Key, sealed []byte) error { calls = append(calls, sealed); return nil })
+		bobKey := punch.Key(bob.w.PublicKey())
+		b.SetPeer(punch.Peer{Key: punch.Key(alice.w.PublicKey()), Online: true})
+		s.agent.SetPeer(punch.Peer{Key: bobKey})
+		synctest.Wait()
+		if len(calls) == 0 {
+			t.Fatal("bob did not call")
+		}
+		if err := s.sendSignal(bobKey, []byte{1}); !errors.Is(err, errNoServer) || !errors.Is(err, errNoRelay) {
+			t.Fatalf("no way at all: %v", err)
+		}
+		w.members(nil, linkPeer{key: bobKey, online: true})
+		w.server()
+		w.up("server0", 10*ms)
+		w.links.onPeer(w.fakes["server0"].link, bobKey, true)
+		synctest.Wait()
+		call := append([]byte{relay.SignalByte}, calls[0]...)
+		s.receive(call, netip.MustParseAddrPort("198.51.100.9:5"), netip.Addr{}) // not out of a flow
+		s.receive(nil, handle(bobKey, 1), netip.Addr{})
+		time.Sleep(time.Second)
+		if len(w.sent) > 0 {
+			t.Fatalf("sent %v", w.sent)
+		}
+		s.receive(call, handle(bobKey, 1), netip.Addr{})
+		synctest.Wait()
+		if len(w.sent) != 1 || !strings.HasPrefix(w.sent[0], "b0") || !strings.HasSuffix(w.sent[0], " to "+handle(bobKey, 1).String()) {
+			t.Fatalf("answered by %v", w.sent)
+		}
+		s.receive([]byte{relay.ControlByte, 3}, relayAddr("server0"), netip.Addr{})
+		if got := w.fakes["server0"].received; len(got) != 1 {
+			t.Fatalf("control datagrams %q", got)
+		}
+	})
+}

@@ -130,7 +130,7 @@ func (s *Server) challenge(seq sequence, t *transport) []byte {
 	if t.conn != nil {
 		return nil
 	}
-	if !s.challenges.spend(t.addr.Addr(), now) {
+	if !s.challenges.spend(t.addr.Addr(), now) || !s.challenged.take(&s.challengeRate, now, 1) {
 		s.count.limited.Add(1)
 		return nil
 	}

@@ -274,3 +274,19 @@ func TestNewServerRefuses(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestCookieAges(t *testing.T) {
+	c, other := newCookies(), newCookies()
+	here, there := place("192.0.2.1:1000").addr, place("192.0.2.1:1001").addr
+	for start := int64(0); start < 600*int64(cookieAge); start += 99 * int64(cookieAge) {
+		k := c.make(here, start)
+		for _, after := range []time.Duration{0, cookieAge - 1, cookieAge, 2*cookieAge - 1, 2 * cookieAge, 256 * cookieAge} {
+			if got, want := c.valid(k, here, start+int64(after)), after < 2*cookieAge; got != want {
+				t.Errorf("after %v valid %v", after, got)
+			}
+		}
+		if c.valid(k, there, start) || other.valid(k, here, start) || c.valid(cookie{k[0]}, here, start) {
+			t.Error("a cookie is valid elsewhere")
+		}
+	}
+}

@@ -2,7 +2,6 @@ package relay
 
 import (
 	"bytes"
-	"encoding/binary"
 	"testing"
 	"time"
 
@@ -154,16 +153,23 @@ func BenchmarkForward(b *testing.B) {
 	}
 }
 
-// BenchmarkJunk measures what a datagram of no flow costs.
+// BenchmarkJunk measures what datagrams cost that lead to nothing.
 func BenchmarkJunk(b *testing.B) {
 	w := newSite(b, ServerConfig{})
 	l := &loop{s: w.s, receiver: &receiver{}, train: newTrain(w.s)}
 	at := place("192.0.2.1:1000")
-	junk := make([]byte, 64)
-	junk[0] = FlowByte
-	b.ReportAllocs()
-	for i := uint64(0); b.Loop(); i++ {
-		binary.BigEndian.PutUint32(junk[4:], uint32(i))
-		l.take(&arrival{data: junk, stride: len(junk), name: &at.name})
+	stranger := w.stranger(1)
+	for name, junk := range map[string][]byte{
+		"flow":  append([]byte{FlowByte}, make([]byte, 63)...),
+		"hello": stranger.hello(),
+		"admit": stranger.admit(),
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				l.take(&arrival{data: junk, stride: len(junk), name: &at.name})
+				l.train.count, l.train.used = 0, 0
+			}
+		})
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -373,6 +374,40 @@ func TestBadSourceAddress(t *testing.T) {
 		if !way.unpinned.Load() {
 			t.Error("the address is kept")
 		}
+	}
+}
+
+// A socket that takes nothing delays the loop a moment and loses what waits.
+func TestFullSocket(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	near, far := os.NewFile(uintptr(fds[0]), "near"), os.NewFile(uintptr(fds[1]), "far")
+	defer func() { _, _ = near.Close(), far.Close() }()
+	raw, err := near.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := &transport{socket: &socket{raw: raw}}
+	tr := newTrain(w.s)
+	const count = 64 * trainGroups // more than such a socket holds
+	for range count {
+		tr.add(to, make([]byte, 100), 100)
+	}
+	tr.flush()
+	st := w.s.Stats()
+	if st.Datagrams+st.Drops.Full != count || st.Datagrams == 0 || st.Drops.Full == 0 {
+		t.Fatalf("%+v", st)
+	}
+	b := make([]byte, 200)
+	if n, err := far.Read(b); n != 100 || err != nil {
+		t.Fatal(n, err)
+	}
+	tr.add(to, b[:100], 100)
+	if tr.flush(); w.s.Stats().Datagrams != st.Datagrams+1 {
+		t.Errorf("%+v", w.s.Stats())
 	}
 }
 

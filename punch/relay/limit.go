@@ -11,6 +11,8 @@ import (
 const (
 	challengesPerSource = 100 // a second
 	challengeBurst      = 1000
+	challengesTotal     = 10_000 // a second, so that forged sources buy little
+	challengeTotalBurst = 20_000
 	admissionsPerSource = 100 // a second
 	admissionBurst      = 1000
 	bucketSlots         = 4096
@@ -43,6 +45,11 @@ func newRate(per uint64) rate {
 	return rate{per, max(int64(rateBurst), int64(minRateBurst*uint64(time.Second)/per))}
 }
 
+// newLimit is a rate of so many a second that may come at once.
+func newLimit(per, burst int) rate {
+	return rate{uint64(per), int64(burst) * int64(time.Second) / int64(per)}
+}
+
 // meter measures one sender against a rate. It holds the time at which all that
 // was taken is paid for. The zero meter is full. It is safe for concurrent use.
 type meter struct{ paid atomic.Int64 }
@@ -73,7 +80,7 @@ type buckets struct {
 }
 
 func newBuckets(per, burst int) *buckets {
-	return &buckets{rate: rate{uint64(per), int64(burst) * int64(time.Second) / int64(per)}, seed: maphash.MakeSeed()}
+	return &buckets{rate: newLimit(per, burst), seed: maphash.MakeSeed()}
 }
 
 // spend takes one from the bucket of an address's network. It says false, and

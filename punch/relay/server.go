@@ -56,10 +56,11 @@ type Server struct {
 	now     func() time.Time
 	start   time.Time
 
-	flowRate, nodeRate, controlRate rate
+	flowRate, nodeRate, controlRate, challengeRate rate
 
 	cookies    cookies
 	challenges *buckets
+	challenged meter
 	admissions *buckets
 	verified   verified
 	count      counters
@@ -87,16 +88,17 @@ func newServer(cfg ServerConfig, now func() time.Time) (*Server, error) {
 	s := &Server{
 		cfg: cfg, log: cfg.Log, private: private, public: [32]byte(private.PublicKey().Bytes()),
 		now: now, start: now(),
-		flowRate:    newRate(orDefault(cfg.FlowRate, defaultFlowRate)),
-		nodeRate:    newRate(orDefault(cfg.NodeRate, defaultNodeRate)),
-		controlRate: rate{controlsPerNode, controlBurst * int64(time.Second) / controlsPerNode},
-		cookies:     newCookies(),
-		challenges:  newBuckets(challengesPerSource, challengeBurst),
-		admissions:  newBuckets(admissionsPerSource, admissionBurst),
-		verified:    verified{entries: map[[32]byte]verdict{}},
-		sessions:    map[sessionID]*node{},
-		nodes:       map[punch.Key]*node{},
-		flows:       map[uint64]*flow{},
+		flowRate:      newRate(orDefault(cfg.FlowRate, defaultFlowRate)),
+		nodeRate:      newRate(orDefault(cfg.NodeRate, defaultNodeRate)),
+		controlRate:   newLimit(controlsPerNode, controlBurst),
+		challengeRate: newLimit(challengesTotal, challengeTotalBurst),
+		cookies:       newCookies(),
+		challenges:    newBuckets(challengesPerSource, challengeBurst),
+		admissions:    newBuckets(admissionsPerSource, admissionBurst),
+		verified:      verified{entries: map[[32]byte]verdict{}},
+		sessions:      map[sessionID]*node{},
+		nodes:         map[punch.Key]*node{},
+		flows:         map[uint64]*flow{},
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)

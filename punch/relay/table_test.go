@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"net/netip"
 	"runtime"
 	"testing"
 	"testing/synctest"
@@ -206,7 +207,15 @@ func TestLimits(t *testing.T) {
 	if w.say(m.hello(), place("192.0.2.200:1000")) != nil || w.say(m.hello(), place("198.51.100.1:1000")) == nil {
 		t.Error("networks are not told apart")
 	}
-	w.pass(time.Second)
+	for i := range 2 * challengeTotalBurst {
+		if w.say(m.hello(), place(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 1}), 1).String())) != nil {
+			answered++
+		}
+	}
+	if most := challengeTotalBurst - 1; answered != most {
+		t.Errorf("%d challenges in all, not %d", answered, most)
+	}
+	w.pass(time.Minute)
 	here := place("192.0.2.1:1000")
 	w.join(m, here)
 	answered = 0

@@ -2,6 +2,7 @@ package coord
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -282,4 +283,40 @@ func TestProxyWithoutNameServer(t *testing.T) {
 	if len(c.Hosts()) > 0 {
 		t.Errorf("hosts %v", c.Hosts())
 	}
+}
+
+// answered is a connection on which a proxy says something.
+type answered struct {
+	net.Conn
+	r io.Reader
+}
+
+func (a answered) Read(b []byte) (int, error)  { return a.r.Read(b) }
+func (a answered) Write(b []byte) (int, error) { return len(b), nil }
+func (a answered) Close() error                { return nil }
+
+// FuzzProxyAnswer: whatever answers CONNECT, nothing of it gets into an error
+// and no more of it is read than a header may have.
+func FuzzProxyAnswer(f *testing.F) {
+	for _, s := range []string{
+		"HTTP/1.1 200 OK\r\n\r\n", "HTTP/1.0 200\r\nContent-Length: 5\r\n\r\nhello", "HTTP/1.1 407 \x1b[31mNo\r\nProxy-Authenticate: Basic\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "SSH-2.0-x\r\n", "",
+	} {
+		f.Add([]byte(s))
+	}
+	d, to := &Dialer{Proxy: &url.URL{Scheme: "http", Host: "192.0.2.1:3128"}}, target{host: "vpn.example.org", port: 443}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		rest := bytes.NewReader(append(b[:len(b):len(b)], make([]byte, 2*maxProxyHeader)...))
+		status, err := d.ask(t.Context(), to, answered{r: rest})
+		if read := int(rest.Size()) - rest.Len(); read > maxProxyHeader {
+			t.Errorf("%d bytes were read", read)
+		}
+		if err == nil { // the answer ended where a read did
+			return
+		}
+		shown := (&ReachError{Stage: StageProxy, Server: proxiedServer, Proxy: d.Proxy.Host, Status: status, Err: err}).Error()
+		if strings.ContainsAny(shown, "\x1b\r\n") {
+			t.Errorf("error %q is not fit to be printed", shown)
+		}
+	})
 }

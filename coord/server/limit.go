@@ -265,6 +265,10 @@ func (c *gatedConn) admit(member trust.Key) bool {
 	return known
 }
 
+// NetConn is the connection inside, for who sets its options. It is not to be
+// closed.
+func (c *gatedConn) NetConn() net.Conn { return c.Conn }
+
 // Close implements net.Conn.
 func (c *gatedConn) Close() error {
 	c.release()

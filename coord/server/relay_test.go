@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"net"
 	"net/netip"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pion/stun/v2"
+	"golang.org/x/sys/unix"
 
 	"overlay/coord"
 	"overlay/coord/trust"
@@ -321,6 +323,48 @@ func TestRelayKeyAndUpgrade(t *testing.T) {
 	if again := o.welcomed(t, s.Addr().String()); !bytes.Equal(again.Relay.Key, w.Relay.Key) {
 		t.Error("the relay has another key after a restart")
 	}
+}
+
+// The relay finds the socket under TLS and gate, and bounds what waits in it.
+func TestRelayBoundsUnsent(t *testing.T) {
+	s := start(t, t.TempDir())
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gated := gatedListener{l, newGate()}
+	defer func() { _ = gated.Close() }()
+	far, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = far.Close() }()
+	near, err := gated.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := unsentBound(t, near.(*gatedConn).Conn)
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = s.relay.ServeConn(ctx, tls.Server(near, &tls.Config{}), [16]byte{}) })
+	defer func() { cancel(); wg.Wait() }()
+	for deadline := time.Now().Add(patience); unsentBound(t, near.(*gatedConn).Conn) == before; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the kernel keeps as much unsent as before")
+		}
+	}
+}
+
+func unsentBound(t *testing.T, c net.Conn) (n int) {
+	t.Helper()
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ctl := raw.Control(func(fd uintptr) { n, err = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT) }); ctl != nil || err != nil {
+		t.Fatal(ctl, err)
+	}
+	return n
 }
 
 // Connections to the relay count among those of a member, like its streams.

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"crypto/ed25519"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -84,18 +85,18 @@ func TestAdmissionReplay(t *testing.T) {
 	w.join(m, here)
 }
 
-func TestAdmissionRefused(t *testing.T) {
-	w := newSite(t, ServerConfig{})
-	here, there := place("192.0.2.1:1000"), place("192.0.2.1:1001")
-	m, other := w.guest(1), w.guest(2)
-	stranger := w.stranger(3)
-	for _, c := range []struct {
-		name string
-		by   *guest
-		make func(m *guest) []byte
-		want kind
-	}{
-		{"foreign credentials", stranger, (*guest).admit, kindRefused},
+// badAdmission is an ADMIT that is wrong in one way, and what it gets.
+type badAdmission struct {
+	name string
+	by   *guest
+	make func(m *guest) []byte
+	want kind
+}
+
+// badAdmissions are made by a member at one place, but for what is wrong.
+func badAdmissions(w *site, m, other *guest, there netip.AddrPort) []badAdmission {
+	return []badAdmission{
+		{"foreign credentials", w.stranger(3), (*guest).admit, kindRefused},
 		{"credentials of another node", m, func(m *guest) []byte {
 			a := m.admission()
 			a.credentials = []byte(other.credentials)
@@ -132,7 +133,7 @@ func TestAdmissionRefused(t *testing.T) {
 		}, kindChallenge},
 		{"cookie of another port", m, func(m *guest) []byte {
 			a := m.admission()
-			a.cookie = w.s.cookies.make(there.addr, w.s.clock())
+			a.cookie = w.s.cookies.make(there, w.s.clock())
 			return m.build(a)
 		}, kindChallenge},
 		{"cookie of a while ago", m, func(m *guest) []byte {
@@ -141,7 +142,14 @@ func TestAdmissionRefused(t *testing.T) {
 			return b
 		}, kindChallenge},
 		{"damaged", m, func(m *guest) []byte { return m.admit()[:admitFixed] }, 0},
-	} {
+	}
+}
+
+func TestAdmissionRefused(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	here, there := place("192.0.2.1:1000"), place("192.0.2.1:1001")
+	m, other := w.guest(1), w.guest(2)
+	for _, c := range badAdmissions(w, m, other, there.addr) {
 		t.Run(c.name, func(t *testing.T) {
 			c.by.cookie = w.s.cookies.make(here.addr, w.s.clock())
 			reply := w.say(c.make(c.by), here)

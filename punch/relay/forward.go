@@ -76,20 +76,20 @@ func (l *loop) run() error {
 func (l *loop) take(a *arrival) {
 	data := a.data
 	for len(data) > 0 {
-		if data[0] == FlowByte && len(data) >= headerSize {
-			n := trainLength(data, a.stride)
-			l.forward(a, data[:n])
-			data = data[n:]
-			continue
-		}
 		n := min(a.stride, len(data))
-		l.answer(a, data[:n])
+		if data[0] == FlowByte && n >= headerSize {
+			n = trainLength(data, a.stride)
+			l.forward(a, data[:n])
+		} else {
+			l.answer(a, data[:n])
+		}
 		data = data[n:]
 	}
 }
 
 // trainLength is how many bytes at the beginning of data are datagrams of one
-// flow that can be sent as one train: every one begins with the same header.
+// flow that can be sent as one train: every one begins with the same header. The
+// first has one.
 func trainLength(data []byte, stride int) int {
 	limit := min(len(data), stride*maxSegments, maxTrain-maxTrain%stride)
 	n := min(stride, len(data))

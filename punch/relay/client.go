@@ -183,7 +183,9 @@ func (c *Client) stop() {
 	c.group = nil
 	c.cancelDial()
 	c.closeLink()
-	c.actions = nil
+	if c.tls.fresh != nil {
+		c.tls.fresh.close()
+	}
 }
 
 // step does what is due and says what is to be done without the lock, and how
@@ -269,7 +271,7 @@ func (c *Client) NetworkChanged() {
 	c.udp.restart(c.now, raceAfter)
 	c.tls.backoff, c.tls.next = 0, c.now
 	if c.active == TLS {
-		c.tls.restart(c.now, raceAfter)
+		c.tls.restart(c.now, patience(c.tls.rtt))
 	}
 }
 
@@ -288,7 +290,7 @@ func (c *Client) Doubt() {
 		c.udp.restart(c.now, patience(c.udp.rtt))
 	}
 	if c.active == TLS && c.tls.asked == 0 {
-		c.tls.restart(c.now, patience(c.tls.rtt))
+		c.tls.restart(c.now, max(3*c.tls.rtt, minPatienceTLS))
 	}
 }
 
@@ -326,7 +328,7 @@ func (c *Client) show() {
 		return
 	}
 	if s.Transport != c.shown.Transport {
-		c.cfg.Log.Info("relay link", "transport", s.Transport, "addr", s.Addr, "rtt", s.RTT, "err", s.Err)
+		c.cfg.Log.Debug("relay link", "transport", s.Transport, "addr", s.Addr, "rtt", s.RTT, "err", s.Err)
 	}
 	c.shown = s
 	c.actions = append(c.actions, func() { c.cfg.OnState(s) })

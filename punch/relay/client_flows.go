@@ -50,7 +50,7 @@ func (c *Client) reopen() {
 
 // stepFlows opens what is due.
 func (c *Client) stepFlows() {
-	if c.active == None {
+	if c.active == None || c.active == TLS && c.tls.link == nil {
 		return
 	}
 	waiting := 0

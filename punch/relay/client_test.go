@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"slices"
@@ -168,6 +169,74 @@ func TestConnectionLost(t *testing.T) {
 		w.wantStates("tls", "", "tls")
 		if w.dials != 2 {
 			t.Errorf("%d connections", w.dials)
+		}
+	})
+}
+
+// TestConnectionSilent: what is written to the connection is lost.
+func TestConnectionSilent(t *testing.T) {
+	for name, test := range map[string]struct {
+		tell func(w *world)
+		wait time.Duration
+	}{
+		"doubt":   {func(w *world) { w.client.Doubt() }, minPatienceTLS},
+		"network": {func(w *world) { w.client.NetworkChanged() }, minPatience},
+		"nobody":  {func(*world) {}, helloEvery*11/10 + minPatienceTLS},
+	} {
+		synced(t, func(w *world) {
+			w.udp = false
+			w.after(time.Second)
+			w.stuck.stuck.Store(true)
+			test.tell(w)
+			w.after(test.wait + 6*leg + 5*time.Millisecond)
+			w.wantStates("tls")
+			if w.dials != 2 {
+				t.Errorf("%s: %d connections", name, w.dials)
+			}
+			w.carries()
+			w.stuck.stuck.Store(true)
+			w.tcp = false
+			w.after(time.Second)
+			test.tell(w)
+			w.after(test.wait + minDeadTLS)
+			w.wantStates("tls", "")
+			if !errors.Is(w.last.Err, errSilent) && !errors.Is(w.last.Err, context.DeadlineExceeded) { // of a dial since
+				t.Errorf("%s: no way because of %v", name, w.last.Err)
+			}
+		})
+	}
+}
+
+// TestBackAtOnce: UDP takes over and dies while the connection is still there.
+func TestBackAtOnce(t *testing.T) {
+	synced(t, func(w *world) {
+		w.udp = false
+		w.after(time.Second)
+		w.udp = true
+		w.client.NetworkChanged()
+		w.after(lingers / 2)
+		w.wantStates("tls", "udp")
+		w.udp = false
+		w.client.Doubt()
+		w.after(minPatience + 3*leg)
+		w.wantStates("tls", "udp", "tls")
+		w.carries()
+		w.after(time.Minute)
+		w.wantStates("tls", "udp", "tls")
+		if w.dials != 1 {
+			t.Errorf("%d connections", w.dials)
+		}
+	})
+}
+
+// TestSendFails: the reason is told.
+func TestSendFails(t *testing.T) {
+	synced(t, func(w *world) {
+		w.sendErr = errors.New("network is unreachable")
+		w.tcp = false
+		w.after(time.Second)
+		if !errors.Is(w.last.Err, w.sendErr) {
+			t.Errorf("no way because of %v", w.last.Err)
 		}
 	})
 }

@@ -14,8 +14,11 @@ const (
 	admitTimeout = 5 * time.Second
 	minBackoff   = 200 * time.Millisecond
 	maxBackoff   = 5 * time.Second
-	minDeadTLS   = 3 * time.Second // TCP repeats by itself, so it may be silent for longer
-	lingers      = 2 * time.Second // what is on its way when UDP takes over still arrives
+	// TCP repeats by itself, and has more on its way, so it may be silent for
+	// longer.
+	minPatienceTLS = time.Second
+	minDeadTLS     = 3 * time.Second
+	lingers        = 2 * time.Second // what is on its way when UDP takes over still arrives
 )
 
 var (
@@ -70,7 +73,7 @@ func (c *Client) stepTLS() {
 	if t.link != nil && c.due(t.linger) {
 		c.closeLink()
 	}
-	if c.active == TLS {
+	if c.active == TLS && t.link != nil {
 		c.stepPing()
 	}
 	if c.wantsTLS() && t.dial == nil && t.fresh == nil && (t.next.IsZero() || c.due(t.next)) {
@@ -99,7 +102,6 @@ func (c *Client) stepPing() {
 		t.first, t.heard = c.now, t.link.heard.Load()
 	}
 	t.ping = c.now.Add(time.Second)
-	c.due(t.ping)
 }
 
 // wantsTLS reports whether the ways there are do not answer.
@@ -177,7 +179,9 @@ func (c *Client) readLink(link *framed) {
 		c.failed(err)
 	case c.tls.link:
 		c.tls.link, c.tls.linger = nil, time.Time{}
-		c.lostTLS(err)
+		if c.tls.fresh == nil { // else the relay may have closed it in favour of that
+			c.lostTLS(err)
+		}
 	}
 }
 
@@ -197,18 +201,19 @@ func (c *Client) pongedTLS(q request) {
 			c.reopen()
 		}
 	case t.link:
+		c.cancelDial() // of one to take its place
 	default:
 		return
 	}
 	t.rtt = smooth(t.rtt, c.now.Sub(q.at))
-	t.restart(c.now.Add(jitter(helloEvery)), patience(t.rtt))
+	t.restart(c.now.Add(jitter(helloEvery)), max(3*t.rtt, minPatienceTLS))
 }
 
 // toTLS goes back to the connection that UDP had taken over from.
 func (c *Client) toTLS() {
 	c.active = TLS
 	c.tls.linger = time.Time{}
-	c.tls.restart(c.now, patience(c.tls.rtt))
+	c.tls.restart(c.now, max(3*c.tls.rtt, minPatienceTLS))
 }
 
 // lostTLS looks for another way after the connection ended.
@@ -224,6 +229,9 @@ func (c *Client) lostTLS(err error) {
 // failed makes the next dial wait.
 func (c *Client) failed(err error) {
 	t := &c.tls
+	if t.link == nil {
+		c.lostTLS(err)
+	}
 	t.err = fmt.Errorf("tls to the relay: %w", err)
 	t.backoff = min(max(2*t.backoff, minBackoff), maxBackoff)
 	if pause := c.now.Add(jitter(t.backoff)); pause.After(t.next) {

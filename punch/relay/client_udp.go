@@ -11,15 +11,15 @@ import (
 )
 
 const (
-	raceAfter    = 150 * time.Millisecond // TLS starts so long after the first HELLO
-	minPatience  = 300 * time.Millisecond // and so long after one on a way that worked
-	minDead      = time.Second            // UDP without answer for so long is no way
+	raceAfter    = 150 * time.Millisecond  // TLS starts so long after the first HELLO
+	minPatience  = 300 * time.Millisecond  // and so long after one on a way that worked
+	minDead      = 1500 * time.Millisecond // UDP without answer for so long is no way
 	doubtPause   = 250 * time.Millisecond
 	helloEvery   = 20 * time.Second
 	trialEvery   = 30 * time.Second // of UDP, while TLS carries
 	trialHellos  = 6
 	choiceHolds  = 300 * time.Millisecond // no other address is tried meanwhile
-	admitPause   = 300 * time.Millisecond // between admissions with one cookie
+	admitPause   = 20 * time.Millisecond  // and two round trips between admissions with one cookie
 	admitRate    = 5                      // admissions a second
 	admitBurst   = 10
 	minRefused   = 500 * time.Millisecond
@@ -186,7 +186,8 @@ func (c *Client) send(r *request, b []byte) {
 		if !r.trial && r.kind != kindOpen {
 			c.tls.claim = r.counter
 		}
-		r.link.control(b)
+		link := r.link
+		c.actions = append(c.actions, func() { link.control(b) })
 		return
 	}
 	to := r.to
@@ -277,7 +278,7 @@ func (c *Client) challenged(r *request, k cookie) bool {
 		c.sendHello(next, k)
 		return true
 	}
-	if (k == u.cookie && c.now.Sub(u.admit) < admitPause) || !c.admits.take(&limit, c.now.UnixNano(), 1) {
+	if (k == u.cookie && c.now.Sub(u.admit) < 2*c.now.Sub(r.at)+admitPause) || !c.admits.take(&limit, c.now.UnixNano(), 1) {
 		return true
 	}
 	u.cookie, u.admit = k, c.now

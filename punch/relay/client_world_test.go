@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,11 +19,10 @@ import (
 
 const leg = 15 * time.Millisecond // one way between a node and the relay
 
-var errCut = errors.New("network is unreachable")
-
 // world is a relay, a node and the network between them, in memory and under a
-// fake clock. Its fields are changed while everything else waits.
+// fake clock. The test holds mu but while time passes.
 type world struct {
+	mu     sync.Mutex
 	t      *testing.T
 	ctx    context.Context
 	server *Server
@@ -36,13 +37,14 @@ type world struct {
 
 	client    *Client
 	cfg       ClientConfig
-	start     time.Time
 	states    []string
 	last      State
 	peers     []string
 	sent      []kind // over UDP
 	dials     int
 	conns     []net.Conn
+	stuck     *stuckConn // the newest of them, node side
+	sendErr   error
 	delivered []int
 }
 
@@ -77,9 +79,9 @@ func verifyNode(b []byte) (id Identity, err error) {
 func newWorld(t *testing.T) *world {
 	w := &world{
 		t: t, verify: verifyNode, udp: true, tcp: true,
-		addrs: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:3478")},
-		node:  netip.MustParseAddrPort("198.51.100.7:40000"),
-		start: time.Now(), deadAddrs: map[netip.AddrPort]bool{},
+		addrs:     []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:3478")},
+		node:      netip.MustParseAddrPort("198.51.100.7:40000"),
+		deadAddrs: map[netip.AddrPort]bool{},
 	}
 	w.restart()
 	private, public, device := nodeKeys(t, 1)
@@ -87,9 +89,7 @@ func newWorld(t *testing.T) *world {
 		Relay: w.server.PublicKey(), PrivateKey: private, Device: device,
 		Credentials: credentialsOf(public, device), Boot: 7,
 		Send: w.send, Dial: w.dial,
-		Deliver: func(run []byte) { w.delivered = append(w.delivered, numbers(t, run)...) },
-		OnState: w.onState,
-		OnPeer:  func(k punch.Key, here bool) { w.peers = append(w.peers, fmt.Sprint(name(k), " ", here)) },
+		Deliver: w.deliver, OnState: w.onState, OnPeer: w.onPeer,
 	}
 	client, err := NewClient(w.cfg)
 	if err != nil {
@@ -103,7 +103,11 @@ func newWorld(t *testing.T) *world {
 func (w *world) restart() {
 	server, err := NewServer(ServerConfig{
 		PrivateKey: relayKey(99),
-		Verify:     func(b []byte) (Identity, error) { return w.verify(b) },
+		Verify: func(b []byte) (Identity, error) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.verify(b)
+		},
 	})
 	if err != nil {
 		w.t.Fatal(err)
@@ -122,8 +126,11 @@ func (w *world) run(happen func()) {
 	w.client.SetAddrs(w.addrs)
 	done := make(chan error, 1)
 	go func() { done <- w.client.Run(ctx) }()
-	go func() { _ = w.server.Run(ctx) }()
+	server := w.server
+	go func() { _ = server.Run(ctx) }()
+	w.mu.Lock()
 	happen()
+	w.mu.Unlock()
 	cancel()
 	if err := <-done; err != nil {
 		w.t.Errorf("Run: %v", err)
@@ -134,7 +141,21 @@ func (w *world) run(happen func()) {
 	synctest.Wait()
 }
 
+func (w *world) deliver(run []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.delivered = append(w.delivered, numbers(w.t, run)...)
+}
+
+func (w *world) onPeer(k punch.Key, here bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.peers = append(w.peers, fmt.Sprint(name(k), " ", here))
+}
+
 func (w *world) onState(s State) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.last = s
 	if n := len(w.states); n == 0 && s.Transport != None || n > 0 && w.states[n-1] != s.Transport.String() {
 		w.states = append(w.states, s.Transport.String())
@@ -152,9 +173,14 @@ func socketName(a netip.AddrPort) (s sockaddr) {
 
 // send carries a datagram from the node to the relay, and the answer back.
 func (w *world) send(b []byte, to netip.AddrPort) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.sent = append(w.sent, kindOf(b))
 	if h, ok := parseHello(b); ok && !h.trial && w.last.Transport == TLS {
 		w.t.Error("the relay is moved to UDP before the node listens there")
+	}
+	if w.sendErr != nil {
+		return w.sendErr
 	}
 	if !w.udp || w.deadAddrs[to] || w.loseUp != nil && w.loseUp(b) {
 		return nil
@@ -170,7 +196,9 @@ func (w *world) send(b []byte, to netip.AddrPort) error {
 }
 
 func (w *world) handle(b []byte, from netip.AddrPort) []byte {
+	w.mu.Lock()
 	s := w.server
+	w.mu.Unlock()
 	t := &transport{addr: from, name: socketName(from)}
 	if kindOf(b) == kindAdmit {
 		reply, _ := s.admit(b, func(k cookie) bool { return s.cookies.valid(k, from, s.clock()) }, t)
@@ -180,12 +208,17 @@ func (w *world) handle(b []byte, from netip.AddrPort) []byte {
 }
 
 func (w *world) reply(b []byte, node, relay netip.AddrPort) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	all := [][]byte{b}
 	if w.mangle != nil {
 		all = w.mangle(b)
 	}
 	time.AfterFunc(leg, func() {
-		if !w.udp || node != w.node {
+		w.mu.Lock()
+		passes := w.udp && node == w.node
+		w.mu.Unlock()
+		if !passes {
 			return
 		}
 		for _, b := range all {
@@ -196,28 +229,48 @@ func (w *world) reply(b []byte, node, relay netip.AddrPort) {
 
 // dial takes the three round trips of TCP, TLS and the upgrade.
 func (w *world) dial(ctx context.Context) (net.Conn, [16]byte, error) {
+	w.mu.Lock()
 	w.dials++
+	binding := [16]byte{byte(w.dials), 1}
 	wait := 6 * leg
 	if !w.tcp {
 		wait = time.Hour
 	}
+	w.mu.Unlock()
 	select {
 	case <-ctx.Done():
 		return nil, [16]byte{}, ctx.Err()
 	case <-time.After(wait):
 	}
 	near, far := net.Pipe()
-	binding := [16]byte{byte(w.dials), 1}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	server := w.server
 	go func() { _ = server.ServeConn(w.ctx, far, binding) }()
 	w.conns = append(w.conns, near)
-	return near, binding, nil
+	w.stuck = &stuckConn{Conn: near}
+	return w.stuck, binding, nil
+}
+
+// stuckConn can stop to carry what is written, as when the network loses it.
+type stuckConn struct {
+	net.Conn
+	stuck atomic.Bool
+}
+
+func (c *stuckConn) Write(b []byte) (int, error) {
+	if c.stuck.Load() {
+		return len(b), nil
+	}
+	return c.Conn.Write(b)
 }
 
 // after lets time pass.
 func (w *world) after(d time.Duration) {
+	w.mu.Unlock()
 	time.Sleep(d)
 	synctest.Wait()
+	w.mu.Lock()
 }
 
 func (w *world) wantStates(want ...string) {
@@ -281,6 +334,8 @@ func (w *world) admitOther(public punch.Key, device ed25519.PrivateKey) {
 		w.t.Fatal(err)
 	}
 	t := streamTransport(&sink{}, netip.MustParseAddrPort("203.0.113.9:555"))
+	w.mu.Unlock()
+	defer w.mu.Lock()
 	if _, n := w.server.admit(b, func(cookie) bool { return true }, t); n == nil {
 		w.t.Fatal("the other node is not admitted")
 	}

@@ -261,12 +261,13 @@ func cutRun(b []byte) (run []byte, err error) {
 // close ends the connection at once.
 func (f *framed) close() {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.ended {
-		return
-	}
+	ended := f.ended
 	f.ended, f.urgent = true, nil
 	f.queue.clear()
+	f.mu.Unlock()
+	if ended {
+		return
+	}
 	var c io.Closer = f.conn
 	if t, ok := f.conn.(interface{ NetConn() net.Conn }); ok {
 		c = t.NetConn() // without TLS's farewell, which can wait for seconds

@@ -19,8 +19,8 @@ var errNotAdmitted = errors.New("not admitted")
 
 // ServeConn serves a node over an upgraded TLS connection, whose exporter gives
 // the binding, until the connection or ctx ends. It closes the connection, and
-// always returns an error. While nothing is to be written the caller's goroutine
-// is the only one.
+// always returns an error. An idle connection costs the caller's goroutine, whose
+// stack stays small when it is a new one.
 func (s *Server) ServeConn(ctx context.Context, c net.Conn, binding [16]byte) error {
 	var writers errgroup.Group
 	f := newFramed(c, &writers, &s.lender, s.log)
@@ -36,8 +36,13 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn, binding [16]byte) er
 func (s *Server) serveFramed(f *framed, binding [16]byte) error {
 	remote, _ := netip.ParseAddrPort(f.conn.RemoteAddr().String()) // limits count by it; zero is one network as well
 	t := streamTransport(f, remote)
-	n, err := s.admitFramed(f, t, binding)
-	if err != nil {
+	var n *node
+	var admission errgroup.Group // its stack is deep, and not needed again
+	admission.Go(func() (err error) {
+		n, err = s.admitFramed(f, t, binding)
+		return err
+	})
+	if err := admission.Wait(); err != nil {
 		return err
 	}
 	defer s.leave(n, t)

@@ -85,7 +85,11 @@ func newRelayHost(c RelayConfig, m *membership, s *relaySockets) (*relayHost, er
 	if err != nil {
 		return nil, fmt.Errorf("start looking for the own address: %w", err)
 	}
-	return h, h.newControl(m)
+	if err := h.newControl(m); err != nil {
+		return nil, err
+	}
+	h.loadCache() // before anybody is let in or kept out
+	return h, nil
 }
 
 func (h *relayHost) newControl(m *membership) error {
@@ -125,7 +129,6 @@ func (h *relayHost) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	h.loadCache() // before anybody is let in or kept out
 	web := &relayWeb{known: h.known, serve: h.server.ServeConn, log: h.log}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return h.server.Run(ctx) })

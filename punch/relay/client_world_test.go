@@ -124,11 +124,11 @@ func (w *world) run(happen func()) {
 	ctx, cancel := context.WithCancel(w.t.Context())
 	w.ctx = ctx
 	w.client.SetAddrs(w.addrs)
+	w.mu.Lock()
 	done := make(chan error, 1)
 	go func() { done <- w.client.Run(ctx) }()
 	server := w.server
 	go func() { _ = server.Run(ctx) }()
-	w.mu.Lock()
 	happen()
 	w.mu.Unlock()
 	cancel()

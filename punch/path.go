@@ -57,7 +57,6 @@ type probe struct {
 	doubt    time.Time // from here a relay gets copies
 	deadline time.Time
 	strict   bool // on a relay: only an answer ends it, not data
-	guess    bool // data is not believed only because it could come over a relay
 }
 
 // observe takes the counters of the data plane.
@@ -76,7 +75,6 @@ func (p *peer) observe(seen Activity, now time.Time) {
 	}
 	if seen.Received != old.Received {
 		p.receive(now)
-		p.dataAt = now
 		proven := !p.uncertain
 		if p.selected != nil && p.selected.relayed() {
 			proven = !p.probe.strict
@@ -191,10 +189,6 @@ func (a *Agent) driveProbe(p *peer, now time.Time) {
 	switch {
 	case p.probe.began.IsZero():
 		return
-	case !now.Before(p.probe.deadline) && p.probe.guess && p.dataAt.After(p.probe.began):
-		p.clear() // only checks are lost
-		a.copyTo(p, copying{})
-		return
 	case !now.Before(p.probe.deadline), p.probe.lost(now) && p.rival(p.probe.began) != nil:
 		a.suspect(p, now)
 		return
@@ -205,10 +199,12 @@ func (a *Agent) driveProbe(p *peer, now time.Time) {
 		return
 	}
 	a.sendCheck(p, p.selected, outgoing{now: now, from: p.selected.from()})
+	gap := probeGap
 	if q := p.copying.to; q != nil && q.relayed() {
 		a.sendCheck(p, q, outgoing{now: now}) // which has the peer doubt its path, too
+		gap = doubtGap
 	}
-	p.probe.again = later(now.Add(probeGap), p.probe.began.Add(p.selected.expected()+probeMargin))
+	p.probe.again = later(now.Add(gap), p.probe.began.Add(p.selected.expected()+probeMargin))
 }
 
 // lost reports whether the check is late compared with another path.
@@ -277,7 +273,7 @@ func (p *peer) hear(q *pair, now time.Time) {
 		p.probe.strict = true
 		return
 	}
-	p.uncertain, p.probe.guess = true, false
+	p.uncertain = true
 	if q.relayed() {
 		return
 	}
@@ -369,7 +365,7 @@ func (q *pair) measure(rtt time.Duration) {
 func (a *Agent) compare(p *peer, q *pair, now time.Time) {
 	s := p.selected
 	switch {
-	case s == nil || s.suspect, s.relayed() && (!q.relayed() || !s.valid):
+	case s == nil || s.suspect, s.relayed() && (!q.relayed() || !s.valid && q.samples >= minSamples):
 		a.choose(p, q, now)
 		return
 	case q.relayed() && !s.relayed():

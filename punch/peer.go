@@ -105,7 +105,6 @@ type peer struct {
 	activeUntil time.Time
 	demanded    time.Time
 	received    time.Time // last authenticated receipt
-	dataAt      time.Time // last one of data
 	sentAt      time.Time // last packet on the selected path
 	sendingFrom time.Time // first packet after the last receipt; zero: none
 }

@@ -14,6 +14,9 @@ const (
 	relayTick = 50 * time.Millisecond
 	// A check in doubt is one unanswered for max(2·RTT, minDoubt).
 	minDoubt = 60 * time.Millisecond
+	// doubtGap is the time between checks then; the more of them, the less does
+	// mere loss have a path left.
+	doubtGap = 20 * time.Millisecond
 	// unknownRTT stands for that of a relay of which nobody gave an estimate.
 	unknownRTT = 300 * time.Millisecond
 	// maxCopying is how long two paths are used while one takes over that works.
@@ -26,7 +29,8 @@ const (
 // peer: datagrams that Config.Send gets for it go to the peer over the relay, and
 // Receive gets it as the source of what comes from there. RTT is the estimated
 // round trip between the two nodes, before checks measured it; zero: unknown. Here
-// says that the peer was seen at the relay.
+// says that the peer was seen at the relay. Config.Forbidden should refuse handles,
+// so that what still comes over a relay that was given up makes no candidate.
 type Relay struct {
 	Addr netip.AddrPort
 	RTT  time.Duration
@@ -266,8 +270,8 @@ func (p *peer) handOver(old *pair, now time.Time) {
 }
 
 // doubt has everything go to the best relay, too, because the path in use owes an
-// answer. From here on data proves little: the peer may do the same, and it may
-// come over that relay. If it does not, no check of the peer comes over it either.
+// answer. From here on data proves nothing: the peer may do the same, and it may
+// come over that relay.
 func (a *Agent) doubt(p *peer, now time.Time) {
 	q := p.copying.to
 	if q == nil {
@@ -279,7 +283,6 @@ func (a *Agent) doubt(p *peer, now time.Time) {
 	if p.selected.relayed() {
 		p.probe.strict = true
 	} else {
-		p.probe.guess = p.probe.guess || !p.uncertain
 		p.uncertain = true
 	}
 	if q != p.copying.to {

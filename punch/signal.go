@@ -213,6 +213,6 @@ func (a *Agent) handleSignal(p *peer, s *signal, now time.Time) {
 	if s.kind == signalCall {
 		p.wantAnswer = true
 		p.wantProbe = true
-		p.uncertain, p.probe.guess = true, false
+		p.uncertain = true
 	}
 }

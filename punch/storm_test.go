@@ -24,6 +24,7 @@ func TestNoStorm(t *testing.T) {
 			for wait := 20 * time.Second; wait <= keepalive; wait += time.Second / 4 {
 				inWorld(t, func(w *world) {
 					a, b := connected(w)
+					relays(a, b, int(wait/time.Second)%3) // none, one and two
 					rest(wait)
 					w.setDrop(func(wire) bool { return true })
 					event(a, b)

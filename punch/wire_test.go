@@ -95,6 +95,14 @@ func TestCheckLayout(t *testing.T) {
 	if back, err := checkOf(m); err != nil || back != c {
 		t.Errorf("checkOf = %v, %v", back, err)
 	}
+	c.lost = true
+	if lost, err := c.marshal(key); err != nil || len(lost) != len(got)+4 {
+		t.Errorf("check with SESSION-LOST: %d bytes, %v", len(lost), err)
+	} else if m, err := decode(lost); err != nil {
+		t.Error(err)
+	} else if back, err := checkOf(m); err != nil || back != c {
+		t.Errorf("checkOf = %v, %v", back, err)
+	}
 	for _, addr := range []string{"192.0.2.1:32853", "[2001:db8:1234:5678:11:2233:4455:6677]:32853"} {
 		b, err := answer(c.id, netip.MustParseAddrPort(addr), key)
 		if err != nil || len(b) > len(got) {
@@ -153,6 +161,7 @@ func TestDecodeRefuses(t *testing.T) {
 		"odd mapped address":        build(raw(stun.AttrXORMappedAddress, 9)),
 		"long token":                build(raw(AttrToken, MaxToken+1)),
 		"short sequence":            build(raw(AttrSequence, 15)),
+		"long session lost":         build(raw(AttrSessionLost, 4)),
 		"unknown, required":         build(raw(0x0099, 4)),
 		"trailing bytes":            append(build(), 0),
 	} {

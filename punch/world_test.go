@@ -56,6 +56,8 @@ type node struct {
 	told     [][]Candidate
 	activity Activity
 	looks    int
+	doubts   []netip.AddrPort
+	lost     []time.Time // when a peer said that it has no session
 }
 
 var (
@@ -91,7 +93,17 @@ func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
 		OnPath:       n.onPath,
 		OnCandidates: n.onCandidates,
 		Activity:     n.count,
-		Forbidden:    func(a netip.AddrPort) bool { return a == stunAddr() || slices.Contains(forbidden, a) },
+		OnDoubt: func(addr netip.AddrPort) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			n.doubts = append(n.doubts, addr)
+		},
+		OnSessionLost: func(Key) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			n.lost = append(n.lost, time.Now())
+		},
+		Forbidden: func(a netip.AddrPort) bool { return a == stunAddr() || overRelay(a) || slices.Contains(forbidden, a) },
 	})
 	if err != nil {
 		w.t.Fatal(err)
@@ -144,6 +156,9 @@ func (n *node) send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error
 	if from.IsValid() && from == n.other.Addr() {
 		x.from = n.other
 	}
+	if overRelay(to) {
+		x.from = n.handle(int(to.Port()) - firstHandle)
+	}
 	w.wires = append(w.wires, x)
 	if ttl != 0 || w.drop != nil && w.drop(x) {
 		return nil
@@ -163,7 +178,9 @@ func (w *world) arrive(from *node, x wire) {
 		return
 	}
 	w.mu.Lock()
-	i := slices.IndexFunc(w.nodes, func(n *node) bool { return x.to == n.outer || x.to == n.other })
+	i := slices.IndexFunc(w.nodes, func(n *node) bool {
+		return x.to == n.outer || x.to == n.other || overRelay(x.to) && x.to.Addr() == n.handle(0).Addr()
+	})
 	w.mu.Unlock()
 	if i >= 0 {
 		w.nodes[i].Receive(x.b, x.from, x.to.Addr())

@@ -141,9 +141,11 @@ func TestNotOpenRelay(t *testing.T) {
 	if err := m.server.sh(t.Context(), s); err != nil {
 		t.Fatal(err)
 	}
+	forged := fmt.Sprintf("meta l4proto udp @th,128,32 0x%x", uint32(forgedMark))
+	came := m.server.tally(t, "forged", forged)
 	var through [3]func() int
 	for i, n := range n {
-		through[i] = n.tally(t, "forged", fmt.Sprintf("udp @th,128,32 0x%x", uint32(forgedMark)))
+		through[i] = n.tally(t, "forged", forged)
 	}
 	f := &flood{
 		from: mallory, mallory: mallory.Addr(), peer: netip.AddrPortFrom(a.Addr(), wireGuardPort(t, a)),
@@ -160,6 +162,9 @@ func TestNotOpenRelay(t *testing.T) {
 		if got := count(); got > 0 {
 			t.Errorf("%d forged packets reached %s", got, n[i].nodeName)
 		}
+	}
+	if came() == 0 {
+		t.Error("no forged packet reached the relay")
 	}
 }
 

@@ -109,6 +109,10 @@ func (g *relayGate) leave(source netip.Prefix) {
 	}
 }
 
+// NetConn is the connection inside, for who sets its options. It is not to be
+// closed: Close gives the place up.
+func (c *relayConn) NetConn() net.Conn { return c.Conn }
+
 // Close gives the place up.
 func (c *relayConn) Close() error {
 	g := c.gate

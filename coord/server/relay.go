@@ -109,7 +109,7 @@ func (r *relayHost) take(ctx context.Context, group *errgroup.Group) {
 			return
 		case c := <-r.conns:
 			group.Go(func() error {
-				err := r.ServeConn(ctx, c, c.binding)
+				err := r.ServeConn(ctx, c.Conn, c.binding)
 				r.log.Debug("relay connection ended", "from", c.RemoteAddr(), "err", err)
 				return nil
 			})

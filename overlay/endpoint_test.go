@@ -65,11 +65,17 @@ func TestMovesBetweenRelayAndDirect(t *testing.T) {
 			log  string
 		}{
 			{punch.Path{Addr: relayed, Type: punch.Relayed}, []string{"endpoint " + relayed.String(), "handshake"}, `via="relay berlin (udp)" was=none reason="first path"`},
-			{punch.Path{Addr: direct, Type: punch.Host, Also: relayed},
-				[]string{"copy " + relayed.String(), "endpoint " + direct.String(), "handshake"}, `via="direct host" was="relay berlin (udp)" reason="a direct path answered"`},
+			{
+				punch.Path{Addr: direct, Type: punch.Host, Also: relayed},
+				[]string{"copy " + relayed.String(), "endpoint " + direct.String(), "handshake"},
+				`via="direct host" was="relay berlin (udp)" reason="a direct path answered"`,
+			},
 			{punch.Path{Addr: direct, Type: punch.Host}, []string{"copy invalid AddrPort", "endpoint " + direct.String()}, ""},
-			{punch.Path{Addr: relayed, Type: punch.Relayed, Also: direct},
-				[]string{"copy " + direct.String(), "endpoint " + relayed.String(), "handshake"}, `reason="the direct path does not answer"`},
+			{
+				punch.Path{Addr: relayed, Type: punch.Relayed, Also: direct},
+				[]string{"copy " + direct.String(), "endpoint " + relayed.String(), "handshake"},
+				`reason="the direct path does not answer"`,
+			},
 			{punch.Path{}, []string{"copy invalid AddrPort", "clear"}, `msg="path lost"`},
 		} {
 			text.Reset()

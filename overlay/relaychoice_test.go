@@ -149,8 +149,14 @@ func TestSameTrips(t *testing.T) {
 		a, b []trust.RelayTrip
 		same bool
 	}{
-		{nil, nil, true}, {nil, list(3), false}, {list(30), list(31), true}, {list(30), list(40), false},
-		{list(40), list(30), false}, {list(5), list(9), true}, {list(30, 30), list(30), false}, {list(30, 30), reverse, false},
+		{nil, nil, true},
+		{nil, list(3), false},
+		{list(30), list(31), true},
+		{list(30), list(40), false},
+		{list(40), list(30), false},
+		{list(5), list(9), true},
+		{list(30, 30), list(30), false},
+		{list(30, 30), reverse, false},
 	} {
 		if got := sameTrips(x.a, x.b); got != x.same {
 			t.Errorf("%v and %v: %v", x.a, x.b, got)

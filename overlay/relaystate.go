@@ -1,0 +1,126 @@
+package overlay
+
+import (
+	"time"
+
+	"overlay/coord/trust"
+	"overlay/punch"
+	"overlay/punch/relay"
+)
+
+// onState takes what a client says of its link.
+func (l *links) onState(k *relayLink, st relay.State) {
+	now := time.Now()
+	l.mu.Lock()
+	old := k.state
+	k.state = st
+	if st.Transport != old.Transport {
+		k.began = now
+	}
+	if st.Transport == relay.UDP {
+		k.stun = st.Addr
+	}
+	if k.up() && st.RTT > 0 {
+		l.trips[k.info.key] = st.RTT
+	}
+	moved := l.judge(k, now)
+	l.mu.Unlock()
+	if st.Transport != old.Transport {
+		l.logState(k, old, st)
+	}
+	if moved != "" {
+		l.cfg.log.Info("home relay", "relay", moved)
+	}
+	l.poke()
+	l.cfg.changed()
+}
+
+func (l *links) logState(k *relayLink, old, st relay.State) {
+	if st.Transport == relay.None {
+		l.cfg.log.Info("relay lost", "relay", k.info.name, "was", old.Transport)
+		l.cfg.log.Debug("relay lost", "relay", k.info.name, "err", st.Err)
+		return
+	}
+	l.cfg.log.Info("relay", "relay", k.info.name, "over", st.Transport, "rtt", st.RTT)
+	if st.Err != nil {
+		l.cfg.log.Debug("relay not over udp", "relay", k.info.name, "err", st.Err)
+	}
+}
+
+// judge compares the home with a relay, and names the new one if it moved; mu is
+// held.
+func (l *links) judge(k *relayLink, now time.Time) (moved string) {
+	k.judged = now
+	if !l.home.measured(k.info.key, l.upTrips(), now) {
+		return ""
+	}
+	return l.open[l.home.key].info.name
+}
+
+// judgeAll does so with those that said nothing new for a while: their trips are
+// as they were.
+func (l *links) judgeAll(now time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, k := range l.open {
+		if k.up() && now.Sub(k.judged) >= judgeEvery {
+			if moved := l.judge(k, now); moved != "" {
+				l.cfg.log.Info("home relay", "relay", moved)
+			}
+		}
+	}
+}
+
+// upTrips are the round trips to the relays that are up; mu is held.
+func (l *links) upTrips() map[punch.Key]time.Duration {
+	up := map[punch.Key]time.Duration{}
+	for r, k := range l.open {
+		if k.up() && k.state.RTT > 0 {
+			up[r] = k.state.RTT
+		}
+	}
+	return up
+}
+
+// onPeer takes whether a peer is at a relay.
+func (l *links) onPeer(k *relayLink, p punch.Key, here bool) {
+	l.mu.Lock()
+	if here {
+		k.here[p] = true
+	} else {
+		delete(k.here, p)
+	}
+	l.mu.Unlock()
+	l.poke()
+	if here {
+		l.cfg.arrived(p)
+	}
+}
+
+// record gives the relays for the record that is about to be signed.
+func (l *links) record() []trust.RelayTrip {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.published = tripList(l.home.key, l.upTrips())
+	return l.published
+}
+
+// tellRecord has the record published when what it says of relays is old, and
+// tells how long until it is to be looked at again.
+func (l *links) tellRecord(now time.Time) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if sameTrips(l.published, tripList(l.home.key, l.upTrips())) {
+		return linkTick
+	}
+	if now.Before(l.publishAt) {
+		return l.publishAt.Sub(now)
+	}
+	if now.Sub(l.publishAt) > publishPause {
+		l.gap = firstPublishGap
+	}
+	l.publishAt = now.Add(l.gap)
+	l.gap = min(2*l.gap, lastPublishGap)
+	l.cfg.publish()
+	return linkTick
+}

@@ -172,15 +172,20 @@ func (l *links) poke() {
 	}
 }
 
-// setMembers replaces the standalone relays and the peers.
+// setMembers replaces the standalone relays and the peers. Whom the server calls
+// offline now is wanted for a while: it may only have lost the server.
 func (l *links) setMembers(relays []relayInfo, peers []linkPeer) {
 	l.mu.Lock()
 	clear(l.relays)
 	for _, r := range relays {
 		l.relays[r.key] = r
 	}
-	clear(l.peers)
+	old := l.peers
+	l.peers = make(map[punch.Key]linkPeer, len(peers))
 	for _, p := range peers {
+		if old[p.key].online && !p.online {
+			l.demands[p.key] = time.Now().Add(demandFor)
+		}
 		l.peers[p.key] = p
 	}
 	l.collectAddrs()

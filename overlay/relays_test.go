@@ -399,6 +399,14 @@ func TestFlowsOfDemandedPeers(t *testing.T) {
 		if got := flows(); !slices.Equal(got, []punch.Key{bob}) {
 			t.Fatalf("flows to %v long after", got)
 		}
+		w.members(nil, linkPeer{key: bob}, linkPeer{key: carol})
+		if got := flows(); !slices.Equal(got, []punch.Key{bob}) {
+			t.Fatalf("flows to %v, bob lost only the server", got)
+		}
+		time.Sleep(demandFor + linkTick)
+		if got := flows(); len(got) > 0 {
+			t.Fatalf("flows to %v who are gone", got)
+		}
 	})
 }
 

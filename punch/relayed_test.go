@@ -7,16 +7,17 @@ import (
 	"time"
 )
 
-// firstHandle is the port of handles for the first relay.
+// firstHandle is the port of handles for the first relay. That they are no
+// private addresses here shows that nothing depends on it.
 const firstHandle = 0x8000
 
 func overRelay(addr netip.AddrPort) bool {
-	return netip.MustParsePrefix("fd00:aa::/48").Contains(addr.Addr()) && addr.Port() >= firstHandle
+	return netip.MustParsePrefix("2001:db8:aa::/48").Contains(addr.Addr()) && addr.Port() >= firstHandle
 }
 
 // handle is the address of n over the i-th relay.
 func (n *node) handle(i int) netip.AddrPort {
-	ip := netip.MustParseAddr("fd00:aa::").As16()
+	ip := netip.MustParseAddr("2001:db8:aa::").As16()
 	copy(ip[8:], n.key[:8])
 	return netip.AddrPortFrom(netip.AddrFrom16(ip), uint16(firstHandle+i))
 }
@@ -201,8 +202,12 @@ func TestUpgrade(t *testing.T) {
 			return oneWay
 		}
 		w.mu.Unlock()
+		told = len(a.toldPaths())
 		a.talk(b, time.Minute, true)
 		a.wantPath(b, b.outer)
+		if moves := a.toldPaths()[told:]; len(moves) > 0 {
+			t.Errorf("told %v", moves)
+		}
 	})
 }
 
@@ -280,6 +285,72 @@ func TestCut(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestCopiesProveNothing lets data arrive just after the path in use, direct or a
+// relay, came into doubt: it could be a copy that came over the other one.
+func TestCopiesProveNothing(t *testing.T) {
+	for _, direct := range []bool{true, false} {
+		inWorld(t, func(w *world) {
+			var a, b *node
+			if direct {
+				a, b = connected(w)
+				relays(a, b, 1)
+			} else {
+				a, b = isolated(w, 2)
+			}
+			a.talk(b, time.Second, true)
+			dead := a.last().Addr
+			w.setDrop(func(x wire) bool { return x.to == dead || x.from == b.outer || x.from.Addr() == b.handle(0).Addr() })
+			for begin := time.Now(); !a.last().Also.IsValid(); {
+				a.talk(b, 20*time.Millisecond, false)
+				if time.Since(begin) > time.Second {
+					t.Fatal("no doubt")
+				}
+			}
+			a.talk(b, 450*time.Millisecond, true)
+			if p := a.last(); p.Addr == dead {
+				t.Errorf("path %v, which is dead, because data arrives", p)
+			}
+		})
+	}
+}
+
+// TestRelayReleasesNothing wants checks towards a NAT held although checks of the
+// peer come over a relay, whose handles are of the same family.
+func TestRelayReleasesNothing(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := w.gathered(1, "[2001:db8:1::1]:1000"), w.gathered(2, "[2001:db8:2::1]:2000")
+		w.setCarry(func(_, _ *node) error { return errLost })
+		begin := time.Now()
+		meet(a, b)
+		relays(a, b, 1)
+		rest(maxHold - time.Millisecond)
+		if p, _ := a.Path(b.key); p.RTT != 2*oneWay {
+			t.Fatalf("path %v", p)
+		}
+		for _, x := range w.between(a.outer, b.outer, begin) {
+			if x.ttl == 0 {
+				t.Errorf("full TTL after %v", x.at.Sub(begin))
+			}
+		}
+	})
+}
+
+// TestSignalsNameNoHandles reads what a says its NAT is open towards.
+func TestSignalsNameNoHandles(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := isolated(w, 2)
+		w.setCarry(nil)
+		a.NetworkChanged()
+		rest(200 * time.Millisecond)
+		b.Agent.mu.Lock()
+		defer b.Agent.mu.Unlock()
+		opened := b.peers[a.key].openTo
+		if len(opened) == 0 || slices.ContainsFunc(opened, overRelay) {
+			t.Errorf("open towards %v", opened)
+		}
+	})
 }
 
 // TestChangeWithRelay changes the network: the relay takes over at once, the

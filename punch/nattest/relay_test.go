@@ -14,7 +14,7 @@ import (
 )
 
 // go test ./punch/nattest -run TestRelay -seeds 1000
-var seeds = flag.Uint64("seeds", 20, "how many seeds each of the relay tests runs")
+var seeds = flag.Uint64("seeds", 10, "how many seeds each of the relay tests runs")
 
 const busy = 5 * time.Millisecond
 
@@ -214,7 +214,7 @@ func TestRelaySteady(t *testing.T) {
 		{"both ways with loss", nattest.Link{Delay: 5 * time.Millisecond, Loss: 0.05, Jitter: 5 * time.Millisecond}, 2},
 	} {
 		t.Run(test.what, func(t *testing.T) {
-			for seed := range uint64(5) {
+			for seed := range uint64(2) {
 				synctest.Test(t, func(t *testing.T) { relaySteady(t, seed, test.link, test.streams) })
 			}
 		})

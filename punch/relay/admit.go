@@ -54,7 +54,9 @@ func (s *Server) enrol(a *admission, msg []byte, t *transport) (reply []byte, n 
 		s.mu.RUnlock()
 		who, err := s.identify(hash, a.credentials)
 		if err != nil || who.WireGuard != a.node || !a.by(who.Device, s.public) {
-			s.log.Info("node refused", "from", t.addr, "err", err)
+			if s.refusals.take(&s.refusalRate, s.clock(), 1) {
+				s.log.Info("node refused", "from", t.addr, "err", err)
+			}
 			return (&refused{refusedStranger, a.seq}).build(&shared), nil
 		}
 		if n, reply, ok = s.enter(&entry{a, &shared, who, hash, retention}, t); ok {

@@ -1,8 +1,11 @@
 package relay
 
 import (
+	"bytes"
 	"crypto/ed25519"
+	"log/slog"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -244,8 +247,9 @@ func TestRetain(t *testing.T) {
 	if w.s.nodes[a.key].flows != 1 {
 		t.Errorf("%d flows counted", w.s.nodes[a.key].flows)
 	}
-	w.remove(b)
 	b.cookie = w.s.cookies.make(atB.addr, w.s.clock())
+	w.mustPong(b, b.admit(), atB)
+	w.remove(b)
 	w.mustPong(b, b.admit(), atB) // what was verified is kept …
 	gone = b.public()
 	w.s.Retain(func(d [32]byte) bool { return d != gone })
@@ -270,6 +274,63 @@ func TestRetainDuringAdmission(t *testing.T) {
 	}
 	if w.looks != 2 {
 		t.Errorf("verified %d times", w.looks)
+	}
+}
+
+// Whoever judges the devices may take long; others are served meanwhile, and
+// what was verified before counts no more.
+func TestRetainWhileServing(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	a, b := w.guest(1), w.guest(2)
+	atA := place("192.0.2.1:1000")
+	w.join(a, atA)
+	w.remove(a)
+	done := make(chan struct{})
+	var replies [][]byte
+	w.s.Retain(func([32]byte) bool {
+		if replies != nil {
+			return false
+		}
+		replies = [][]byte{}
+		go func() {
+			defer close(done)
+			w.join(b, place("192.0.2.2:1000"))
+			replies = append(replies, w.say(a.admit(), atA))
+		}()
+		select {
+		case <-done:
+		case <-time.After(10 * time.Second):
+			t.Error("nobody is admitted meanwhile")
+		}
+		return false
+	})
+	<-done
+	if r, ok := parseRefused(replies[0]); !ok || r.reason != refusedStranger {
+		t.Error("a withdrawn device was admitted meanwhile")
+	}
+	if w.s.nodes[a.key] != nil || w.s.nodes[b.key] == nil {
+		t.Errorf("nodes: %v", w.s.nodes)
+	}
+}
+
+// Strangers fill no disk.
+func TestRefusalsInLog(t *testing.T) {
+	var text bytes.Buffer
+	w := newSite(t, ServerConfig{Log: slog.New(slog.NewTextHandler(&text, nil))})
+	m, here := w.stranger(1), place("192.0.2.1:1000")
+	m.cookie = w.s.cookies.make(here.addr, w.s.clock())
+	refuse := func(times int) {
+		for range times {
+			if _, ok := parseRefused(w.say(m.admit(), here)); !ok {
+				t.Fatal("not refused")
+			}
+		}
+	}
+	refuse(50)
+	w.pass(time.Second)
+	refuse(50)
+	if n := strings.Count(text.String(), "node refused"); n != 2 {
+		t.Errorf("%d lines in the log", n)
 	}
 }
 

@@ -86,6 +86,7 @@ type Client struct {
 	cfg     ClientConfig
 	session session
 	public  punch.Key
+	start   time.Time
 	wake    chan struct{} // holds a token: there is something to do
 	lender  blocks
 
@@ -123,6 +124,7 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	c := &Client{
 		cfg:    cfg,
 		public: punch.Key(private.PublicKey().Bytes()),
+		start:  time.Now(),
 		wake:   make(chan struct{}, 1),
 		flows:  make(map[punch.Key]*peerFlow),
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"testing"
 	"time"
+	"unsafe"
 
 	"overlay/punch"
 )
@@ -128,4 +129,35 @@ func FuzzReceive(f *testing.F) {
 			t.Fatal("the datagram was changed")
 		}
 	})
+}
+
+// TestClockSetBack: a node goes on asking to be admitted when the clock is set
+// back.
+func TestClockSetBack(t *testing.T) {
+	private, public, device := nodeKeys(t, 1)
+	c, err := NewClient(ClientConfig{
+		Relay: punch.Key{9}, PrivateKey: private, Device: device, Credentials: credentialsOf(public, device), Boot: 1,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.now = time.Now()
+	for i := range 2 {
+		r := request{kind: kindHello, at: c.now, to: netip.MustParseAddrPort("192.0.2.1:1")}
+		c.actions = nil
+		c.challenged(&r, cookie{byte(i + 1)})
+		if len(c.actions) != 1 {
+			t.Fatalf("%d messages in answer to challenge %d", len(c.actions), i)
+		}
+		c.now = c.now.Add(time.Second)
+		setBack(&c.now, time.Hour)
+	}
+}
+
+// setBack changes what the clock on the wall says of a time, and not its place
+// in the order of times: see time.Time.
+func setBack(t *time.Time, d time.Duration) {
+	const secondsAt = 30 // bits of nanoseconds below
+	wall := (*uint64)(unsafe.Pointer(t))
+	*wall -= uint64(d/time.Second) << secondsAt
 }

@@ -278,7 +278,7 @@ func (c *Client) challenged(r *request, k cookie) bool {
 		c.sendHello(next, k)
 		return true
 	}
-	if (k == u.cookie && c.now.Sub(u.admit) < 2*c.now.Sub(r.at)+admitPause) || !c.admits.take(&limit, c.now.UnixNano(), 1) {
+	if (k == u.cookie && c.now.Sub(u.admit) < 2*c.now.Sub(r.at)+admitPause) || !c.admits.take(&limit, int64(c.now.Sub(c.start)), 1) {
 		return true
 	}
 	u.cookie, u.admit = k, c.now

@@ -18,8 +18,9 @@ import (
 
 const (
 	// writeDeadline is how long a connection may take none of what is written
-	// before it counts as dead.
+	// before it counts as dead; it is given writePiece bytes at a time.
 	writeDeadline = 10 * time.Second
+	writePiece    = 16 << 10 // a record of TLS
 	// maxUrgent is how many bytes of control messages wait for one connection.
 	// They are answers, so more than a few mean that the other side reads none.
 	maxUrgent = 4 << 10
@@ -152,19 +153,25 @@ func (f *framed) next() (urgent []byte, b *block, ok bool) {
 }
 
 func (f *framed) send(urgent []byte, b *block) error {
-	if err := f.conn.SetWriteDeadline(time.Now().Add(writeDeadline)); err != nil {
+	if err := f.put(urgent); err != nil || b == nil {
 		return err
 	}
-	if urgent != nil {
-		if _, err := f.conn.Write(urgent); err != nil {
+	return f.put(b.bytes())
+}
+
+// put writes by pieces, so that a slow connection is not taken for a dead one.
+func (f *framed) put(b []byte) error {
+	for len(b) > 0 {
+		if err := f.conn.SetWriteDeadline(time.Now().Add(writeDeadline)); err != nil {
 			return err
 		}
+		n, err := f.conn.Write(b[:min(len(b), writePiece)])
+		if err != nil {
+			return err
+		}
+		b = b[n:]
 	}
-	if b == nil {
-		return nil
-	}
-	_, err := f.conn.Write(b.bytes())
-	return err
+	return nil
 }
 
 // first reads one datagram of at most MaxAdmission bytes.

@@ -175,6 +175,24 @@ func TestWriteDeadline(t *testing.T) {
 	})
 }
 
+// TestSlowConnection: one that takes a little now and then goes on.
+func TestSlowConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, far, wait := pipe(t)
+		for i := range 40 {
+			f.offer(numbered(i, 1440))
+		}
+		b := make([]byte, writePiece)
+		for range 3 {
+			time.Sleep(writeDeadline - time.Second)
+			if _, err := io.ReadFull(far, b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		wait()
+	})
+}
+
 func FuzzCutRun(f *testing.F) {
 	f.Add(numbered(1, 40))
 	f.Add(append(numbered(1, 40), 0, 1, ControlByte, 0, 3, FlowByte))

@@ -16,6 +16,7 @@ const (
 	admissionsPerSource = 100 // a second
 	admissionBurst      = 1000
 	bucketSlots         = 4096
+	refusalsTold        = 1 // a second, in the log: strangers cause them
 
 	controlsPerNode = 100 // authenticated messages a second
 	controlBurst    = 400
@@ -123,13 +124,9 @@ func (v *verified) put(hash [32]byte, id Identity, now int64) {
 	v.entries[hash] = verdict{id, now + int64(verifiedFor)}
 }
 
-// retain forgets devices.
-func (v *verified) retain(keep func(device [32]byte) bool) {
+// clear forgets all.
+func (v *verified) clear() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	for hash, e := range v.entries {
-		if !keep(e.identity.Device) {
-			delete(v.entries, hash)
-		}
-	}
+	clear(v.entries)
 }

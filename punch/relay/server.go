@@ -56,12 +56,13 @@ type Server struct {
 	now     func() time.Time
 	start   time.Time
 
-	flowRate, nodeRate, controlRate, challengeRate rate
+	flowRate, nodeRate, controlRate, challengeRate, refusalRate rate
 
 	cookies    cookies
 	challenges *buckets
 	challenged meter
 	admissions *buckets
+	refusals   meter // told in the log
 	verified   verified
 	count      counters
 	trains     trains
@@ -92,6 +93,7 @@ func newServer(cfg ServerConfig, now func() time.Time) (*Server, error) {
 		nodeRate:      newRate(orDefault(cfg.NodeRate, defaultNodeRate)),
 		controlRate:   newLimit(controlsPerNode, controlBurst),
 		challengeRate: newLimit(challengesTotal, challengeTotalBurst),
+		refusalRate:   newLimit(refusalsTold, refusalsTold),
 		cookies:       newCookies(),
 		challenges:    newBuckets(challengesPerSource, challengeBurst),
 		admissions:    newBuckets(admissionsPerSource, admissionBurst),

@@ -317,18 +317,19 @@ func (s *Server) leave(n *node, t *transport) {
 }
 
 // Retain forgets at once the nodes of devices that are not to be kept, their
-// flows and connections, and all that was verified about them. keep is called
+// flows and connections, and all that was verified before, of whomever: who is
+// admitted from here on was verified after what keep knows. keep is called
 // without locks. An admission that is being verified meanwhile is verified
 // again.
 func (s *Server) Retain(keep func(device [32]byte) bool) {
 	devices := map[[32]byte]bool{}
 	s.mu.Lock()
 	s.retention++
+	s.verified.clear()
 	for _, n := range s.nodes {
 		devices[n.device] = true
 	}
 	s.mu.Unlock()
-	s.verified.retain(keep)
 	for d := range devices {
 		devices[d] = keep(d)
 	}

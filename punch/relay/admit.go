@@ -31,7 +31,7 @@ func (s *Server) admit(msg []byte, valid func(cookie) bool, t *transport) (reply
 func (s *Server) screen(a *admission, valid func(cookie) bool, t *transport) (reply []byte, ok bool) {
 	if !valid(a.cookie) {
 		s.count.forged.Add(1)
-		return s.challenge(a.seq, t), false
+		return s.challenge(nil, a.seq, t), false
 	}
 	if !s.admissions.spend(t.addr.Addr(), s.clock()) {
 		s.count.limited.Add(1)
@@ -127,12 +127,15 @@ func (s *Server) enter(e *entry, t *transport) (n *node, reply []byte, ok bool) 
 }
 
 // challenge gives a cookie to an address, as often as its network may have one.
-func (s *Server) challenge(seq sequence, t *transport) []byte {
+// A node that is known, and moved, has some of its own, so that floods from
+// forged sources do not keep it from going on.
+func (s *Server) challenge(known *node, seq sequence, t *transport) []byte {
 	now := s.clock()
 	if t.conn != nil {
 		return nil
 	}
-	if !s.challenges.spend(t.addr.Addr(), now) || !s.challenged.take(&s.challengeRate, now, 1) {
+	own := known != nil && known.moves.take(&s.moveRate, now, 1)
+	if !own && (!s.challenges.spend(t.addr.Addr(), now) || !s.challenged.take(&s.challengeRate, now, 1)) {
 		s.count.limited.Add(1)
 		return nil
 	}
@@ -172,7 +175,7 @@ func (s *Server) hello(n *node, msg []byte, h *hello, t *transport) []byte {
 	now := s.clock()
 	k := s.known(n, h.id, msg)
 	if k == nil || !k.uses(t) && (t.conn != nil || !s.cookies.valid(h.cookie, t.addr, now)) {
-		return s.challenge(h.seq, t)
+		return s.challenge(k, h.seq, t)
 	}
 	if !s.heard(k, t, h.seq, h.trial, now) {
 		return nil

@@ -21,6 +21,9 @@ const (
 	controlsPerNode = 100 // authenticated messages a second
 	controlBurst    = 400
 
+	movesPerNode = 10 // challenges a second
+	moveBurst    = 20
+
 	rateBurst    = 100 * time.Millisecond // of what a node may send
 	minRateBurst = 4 << 16                // bytes: some trains, however low the rate
 )

@@ -56,7 +56,7 @@ type Server struct {
 	now     func() time.Time
 	start   time.Time
 
-	flowRate, nodeRate, controlRate, challengeRate, refusalRate rate
+	flowRate, nodeRate, controlRate, challengeRate, moveRate, refusalRate rate
 
 	cookies    cookies
 	challenges *buckets
@@ -93,6 +93,7 @@ func newServer(cfg ServerConfig, now func() time.Time) (*Server, error) {
 		nodeRate:      newRate(orDefault(cfg.NodeRate, defaultNodeRate)),
 		controlRate:   newLimit(controlsPerNode, controlBurst),
 		challengeRate: newLimit(challengesTotal, challengeTotalBurst),
+		moveRate:      newLimit(movesPerNode, moveBurst),
 		refusalRate:   newLimit(refusalsTold, refusalsTold),
 		cookies:       newCookies(),
 		challenges:    newBuckets(challengesPerSource, challengeBurst),

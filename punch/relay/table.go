@@ -32,6 +32,7 @@ type node struct {
 	tls    atomic.Pointer[transport]          // the connection
 	sent   meter                              // bytes, in all flows
 	asked  meter                              // control messages
+	moves  meter                              // challenges of its own
 
 	// Guarded by Server.mu.
 	device [32]byte

@@ -258,3 +258,29 @@ func TestMeter(t *testing.T) {
 		t.Errorf("%d bytes in 2 s, burst %d", taken, burst)
 	}
 }
+
+// A node that is known moves to another address while forged sources take all
+// challenges there are; what somebody saw of it gets no more than moveBurst.
+func TestMoveDuringFlood(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	m, there := w.guest(1), place("198.51.100.1:1000")
+	w.join(m, place("192.0.2.1:1000"))
+	for w.s.challenged.take(&w.s.challengeRate, w.s.clock(), 1) {
+	}
+	if b := w.say(w.stranger(2).hello(), there); b != nil {
+		t.Fatal("a stranger is challenged")
+	}
+	m.cookie = cookie{}
+	hello := m.hello()
+	answered := 0
+	for range 2 * moveBurst {
+		if c, ok := parseChallenge(w.say(hello, there)); ok {
+			m.cookie = c.cookie
+			answered++
+		}
+	}
+	if answered == 0 || answered > moveBurst {
+		t.Fatalf("%d challenges", answered)
+	}
+	w.mustPong(m, m.hello(), there)
+}

@@ -39,7 +39,7 @@ func TestRecordSerialSurvivesAClockSetBack(t *testing.T) {
 	open := func(dir string) *session {
 		return &session{
 			store: store{dir}, roster: m.roster(self), control: newTestControl(t),
-			endpoints: newEndpoints(nil, nil, slog.Default()), log: slog.New(slog.DiscardHandler),
+			endpoints: newEndpoints(nil, nil, nil, slog.Default()), log: slog.New(slog.DiscardHandler),
 		}
 	}
 	dir := t.TempDir()
@@ -66,7 +66,7 @@ func TestCacheIsTriedAgain(t *testing.T) {
 	m := newTestMesh(t)
 	s := &session{
 		store: store{filepath.Join(t.TempDir(), "state")}, roster: m.roster(m.node("alice", m.signer)), control: newTestControl(t),
-		endpoints: newEndpoints(nil, nil, slog.Default()), log: slog.New(slog.DiscardHandler), dirty: true,
+		endpoints: newEndpoints(nil, nil, nil, slog.Default()), log: slog.New(slog.DiscardHandler), dirty: true,
 	}
 	s.saveCache()
 	if err := s.store.open(); err != nil {

@@ -20,13 +20,30 @@ type endpoints struct {
 	dev endpointDevice
 	// relay names the relay that a handle leads through.
 	relay func(handle netip.AddrPort) string
-	log   *slog.Logger
-	wake  chan struct{}
+	// member says whether a peer is still one. It is called without locks.
+	member func(punch.Key) bool
+	log    *slog.Logger
+	wake   chan struct{}
 
 	mu      sync.Mutex
 	pending map[punch.Key]punch.Path
 	current map[punch.Key]punch.Path
+	copies  map[punch.Key]netip.AddrPort // as the device was told last
+	failed  map[punch.Key]unwritten
 	renewed map[punch.Key]bool
+}
+
+// A path that could not be written is written again after a wait that doubles.
+const (
+	firstRewrite = 200 * time.Millisecond
+	lastRewrite  = 5 * time.Second
+)
+
+// unwritten is a path that the device refused.
+type unwritten struct {
+	path punch.Path
+	wait time.Duration
+	next time.Time
 }
 
 // endpointDevice is what endpoints need of a tun.Device.
@@ -38,10 +55,11 @@ type endpointDevice interface {
 	StartHandshake(k tun.Key)
 }
 
-func newEndpoints(dev endpointDevice, relay func(netip.AddrPort) string, log *slog.Logger) *endpoints {
+func newEndpoints(dev endpointDevice, relay func(netip.AddrPort) string, member func(punch.Key) bool, log *slog.Logger) *endpoints {
 	return &endpoints{
-		dev: dev, relay: relay, log: log, wake: make(chan struct{}, 1),
+		dev: dev, relay: relay, member: member, log: log, wake: make(chan struct{}, 1),
 		pending: map[punch.Key]punch.Path{}, current: map[punch.Key]punch.Path{}, renewed: map[punch.Key]bool{},
+		copies: map[punch.Key]netip.AddrPort{}, failed: map[punch.Key]unwritten{},
 	}
 }
 
@@ -75,6 +93,8 @@ func (e *endpoints) forget(k punch.Key) {
 	defer e.mu.Unlock()
 	delete(e.pending, k)
 	delete(e.current, k)
+	delete(e.copies, k)
+	delete(e.failed, k)
 	delete(e.renewed, k)
 }
 
@@ -100,23 +120,64 @@ func (e *endpoints) measure(a *punch.Agent) {
 
 func (e *endpoints) run(ctx context.Context) error {
 	handshakes := newStarter(e.dev)
+	rewrite := time.NewTimer(time.Hour)
+	defer rewrite.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-handshakes.timer.C:
 			handshakes.tick(time.Now())
+			continue
+		case <-rewrite.C:
 		case <-e.wake:
-			for p, ok := e.next(); ok; p, ok = e.next() {
-				if e.write(p) {
-					handshakes.start(p, time.Now())
-				}
-			}
-			for _, p := range e.again() {
+		}
+		for p, ok := e.next(); ok; p, ok = e.next() {
+			if e.write(p) {
 				handshakes.start(p, time.Now())
 			}
 		}
+		for _, p := range e.refused(time.Now()) {
+			if e.write(p) {
+				handshakes.start(p, time.Now())
+			}
+		}
+		for _, p := range e.again() {
+			handshakes.start(p, time.Now())
+		}
+		rewrite.Reset(e.nextRewrite(time.Now()))
 	}
+}
+
+// refused gives the paths that are to be written again now, and forgets those of
+// peers that left meanwhile.
+func (e *endpoints) refused(now time.Time) []punch.Path {
+	e.mu.Lock()
+	var due []punch.Path
+	for _, u := range e.failed {
+		if !now.Before(u.next) {
+			due = append(due, u.path)
+		}
+	}
+	e.mu.Unlock()
+	return slices.DeleteFunc(due, func(p punch.Path) bool {
+		if e.member(p.Peer) {
+			return false
+		}
+		e.forget(p.Peer)
+		return true
+	})
+}
+
+// nextRewrite tells how long until a path is to be written again.
+func (e *endpoints) nextRewrite(now time.Time) time.Duration {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	soonest := time.Hour
+	for _, u := range e.failed {
+		soonest = min(soonest, u.next.Sub(now))
+	}
+	return soonest
 }
 
 func (e *endpoints) next() (punch.Path, bool) {
@@ -148,9 +209,7 @@ func (e *endpoints) again() []punch.Path {
 func (e *endpoints) write(p punch.Path) (moved bool) {
 	old, _ := e.path(p.Peer)
 	k := tun.Key(p.Peer)
-	if p.Also != old.Also {
-		e.dev.SetCopy(k, p.Also) // first, so that nothing goes only where it is not answered yet
-	}
+	e.copy(p) // first, so that nothing goes only where it is not answered yet
 	var err error
 	if p.Addr.IsValid() {
 		e.dev.SetRoundTrip(k, p.RTT)
@@ -159,7 +218,7 @@ func (e *endpoints) write(p punch.Path) (moved bool) {
 		err = e.dev.ClearEndpoint(k)
 	}
 	if err != nil {
-		e.log.Warn("endpoint not written", "peer", k, "err", err)
+		e.refuse(p, err)
 		return false
 	}
 	moved = p.Addr != old.Addr
@@ -172,12 +231,46 @@ func (e *endpoints) write(p punch.Path) (moved bool) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	delete(e.failed, p.Peer)
 	if !p.Addr.IsValid() {
 		delete(e.current, p.Peer)
 		return false
 	}
 	e.current[p.Peer] = p
 	return moved
+}
+
+// copy tells the device where copies go, unless it was told so. What it was told
+// is noted apart from the endpoint, which may not be written yet.
+func (e *endpoints) copy(p punch.Path) {
+	e.mu.Lock()
+	told := e.copies[p.Peer]
+	if p.Also.IsValid() {
+		e.copies[p.Peer] = p.Also
+	} else {
+		delete(e.copies, p.Peer)
+	}
+	e.mu.Unlock()
+	if p.Also != told {
+		e.dev.SetCopy(tun.Key(p.Peer), p.Also)
+	}
+}
+
+// refuse notes a path that was not written for another attempt, and tells of it
+// once.
+func (e *endpoints) refuse(p punch.Path, err error) {
+	e.mu.Lock()
+	u, repeated := e.failed[p.Peer]
+	repeated = repeated && u.path == p
+	wait := firstRewrite
+	if repeated {
+		wait = min(2*u.wait, lastRewrite)
+	}
+	e.failed[p.Peer] = unwritten{p, wait, time.Now().Add(wait)}
+	e.mu.Unlock()
+	if !repeated {
+		e.log.Warn("endpoint not written", "peer", tun.Key(p.Peer), "err", err)
+	}
 }
 
 // text names a path for people, without its addresses.

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -20,6 +21,8 @@ import (
 type fakeEndpoints struct {
 	mu   sync.Mutex
 	done []string
+	err  error // of writes
+	gone bool  // the peer is no member
 }
 
 func (f *fakeEndpoints) note(format string, args ...any) {
@@ -38,14 +41,14 @@ func (f *fakeEndpoints) take() []string {
 
 func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to netip.AddrPort, _ netip.Addr) error {
 	f.note("endpoint %s", to)
-	return nil
+	return f.err
 }
-func (f *fakeEndpoints) ClearEndpoint(tun.Key) error             { f.note("clear"); return nil }
+func (f *fakeEndpoints) ClearEndpoint(tun.Key) error             { f.note("clear"); return f.err }
 func (f *fakeEndpoints) SetCopy(_ tun.Key, to netip.AddrPort)    { f.note("copy %s", to) }
 func (f *fakeEndpoints) SetRoundTrip(_ tun.Key, d time.Duration) {}
 func (f *fakeEndpoints) StartHandshake(tun.Key)                  { f.note("handshake") }
 func startEndpoints(t *testing.T, f *fakeEndpoints, log *slog.Logger) (e *endpoints, end func()) {
-	e = newEndpoints(f, func(netip.AddrPort) string { return "relay berlin (udp)" }, log)
+	e = newEndpoints(f, func(netip.AddrPort) string { return "relay berlin (udp)" }, func(punch.Key) bool { return !f.gone }, log)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- e.run(ctx) }()
@@ -112,5 +115,55 @@ func TestHandshakeWhenAPeerComesToARelay(t *testing.T) {
 		if got := f.take(); !slices.Equal(got, []string{"handshake"}) {
 			t.Fatalf("did %q", got)
 		}
+	})
+}
+
+// A path that the device refused is written again, and copies are ended although
+// the path that began them never was one.
+func TestRefusedEndpointIsWrittenAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := fakeEndpoints{err: errors.New("no")}
+		var text strings.Builder
+		e, end := startEndpoints(t, &f, slog.New(slog.NewTextHandler(&text, nil)))
+		defer end()
+		addr := netip.MustParseAddrPort
+		relayed, direct := addr("[fd00::2]:32769"), addr("192.0.2.9:5")
+		did := func(want ...string) {
+			t.Helper()
+			synctest.Wait()
+			if got := f.take(); !slices.Equal(got, want) {
+				t.Fatalf("did %q, want %q", got, want)
+			}
+		}
+		e.set(punch.Path{Addr: direct, Type: punch.Host, Also: relayed})
+		did("copy "+relayed.String(), "endpoint "+direct.String())
+		time.Sleep(firstRewrite)
+		did("endpoint " + direct.String())
+		time.Sleep(firstRewrite)
+		did()
+		time.Sleep(firstRewrite)
+		did("endpoint " + direct.String())
+		time.Sleep(time.Minute)
+		if n := len(f.take()); n < 10 || n > 20 {
+			t.Fatalf("%d attempts in a minute", n)
+		}
+		if n := strings.Count(text.String(), "endpoint not written"); n != 1 {
+			t.Fatalf("told %d times", n)
+		}
+		e.set(punch.Path{Addr: relayed, Type: punch.Relayed})
+		did("copy invalid AddrPort", "endpoint "+relayed.String())
+		f.err = nil
+		time.Sleep(firstRewrite)
+		did("endpoint "+relayed.String(), "handshake")
+		time.Sleep(time.Minute)
+		if slices.Contains(f.take(), "endpoint "+relayed.String()) {
+			t.Fatal("written again although it was")
+		}
+		f.err = errors.New("no")
+		e.set(punch.Path{})
+		did("clear")
+		f.gone = true
+		time.Sleep(time.Minute)
+		did()
 	})
 }

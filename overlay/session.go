@@ -94,7 +94,7 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 	if err := s.openDevice(cfg); err != nil {
 		return nil, err
 	}
-	s.endpoints = newEndpoints(s.dev.Load(), s.links.describe, cfg.Log)
+	s.endpoints = newEndpoints(s.dev.Load(), s.links.describe, s.hasPeer, cfg.Log)
 	if err := s.linkChanged(); err != nil {
 		return nil, errors.Join(err, s.dev.Load().Close())
 	}
@@ -362,6 +362,14 @@ func (s *session) configure(gone []punch.Key, changed []punch.Peer) {
 		s.agent.SetPeer(p)
 	}
 	s.links.setMembers(relays, peers)
+}
+
+// hasPeer says whether a peer is a member.
+func (s *session) hasPeer(k punch.Key) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.roster.device(k)
+	return ok
 }
 
 func (s *session) signal(g *coord.Signal) {

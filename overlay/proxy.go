@@ -20,9 +20,9 @@ func parseProxy(s string) (*url.URL, error) {
 	case u.Scheme != "http":
 		return nil, fail(Usage, hint, "--proxy begins with %q: only http:// is spoken to a proxy", schemeOf(s, u))
 	case u.Hostname() == "" || !validPort(u.Port()):
-		return nil, fail(Usage, hint, "--proxy %q is not http://HOST:PORT", "http://"+u.Host)
+		return nil, fail(Usage, hint, "--proxy %q is not http://HOST:PORT", hostOf(s, u))
 	case u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "":
-		return nil, fail(Usage, hint, "--proxy %q has more behind HOST:PORT than a proxy needs", "http://"+u.Host)
+		return nil, fail(Usage, hint, "--proxy %q has more behind HOST:PORT than a proxy needs", hostOf(s, u))
 	}
 	u.Path = ""
 	return u, nil
@@ -35,6 +35,19 @@ func schemeOf(s string, u *url.URL) string {
 		return u.Scheme + "://"
 	}
 	return "something else"
+}
+
+// hostOf names the proxy. With a character in the password that has to be
+// written as %XX, what looks like the host is the beginning of it.
+func hostOf(s string, u *url.URL) string {
+	known := 0
+	if u.User != nil {
+		known = 1
+	}
+	if strings.Count(s, "@") > known {
+		return "http://..."
+	}
+	return "http://" + u.Host
 }
 
 func validPort(s string) bool {

@@ -12,6 +12,7 @@ func TestProxy(t *testing.T) {
 		"proxy:3128":                false, "https://u:secret@proxy:3128": false, "socks5://u:secret@proxy:1": false,
 		"http://u:secret@proxy": false, "http://u:secret@:3128": false, "http://u:secret@proxy:0": false,
 		"http://u:secret@proxy:99999": false, "http://u:secret@proxy:3128/path": false, "http://u:secret@proxy:3128?x": false,
+		"http://u:123/secret@proxy:3128": false, "http://u:123#secret@proxy:3128": false, "http://u@123:1/secret@proxy:3128": false, "http://u:123?secret@proxy:3128": false,
 		"http://u:secret%zz@proxy:3128": false, "u:secret@proxy:3128": false, "secret": false, "secret:x": false,
 	} {
 		err := UpRequest{Proxy: &s}.Check()
@@ -21,7 +22,7 @@ func TestProxy(t *testing.T) {
 		if err == nil {
 			continue
 		}
-		if e := asError(err); KindOf(err) != Usage || strings.Contains(e.Message+e.Hint, "secret") {
+		if e := asError(err); KindOf(err) != Usage || strings.Contains(e.Message+e.Hint, "secret") || strings.Contains(e.Message, "123") {
 			t.Errorf("%q: %s (%s), hint %q", s, e.Message, e.Kind, e.Hint)
 		}
 	}

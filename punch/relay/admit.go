@@ -15,7 +15,11 @@ const verifyTries = 3
 // never longer than the message; n is nil unless the node is admitted. It may
 // take some milliseconds, and does not keep msg.
 func (s *Server) admit(msg []byte, valid func(cookie) bool, t *transport) (reply []byte, n *node) {
-	a, ok := parseAdmit(msg)
+	limit := MaxAdmission
+	if t.conn != nil {
+		limit = maxAdmissionTLS
+	}
+	a, ok := parseAdmit(msg, limit)
 	if !ok {
 		s.count.malformed.Add(1)
 		return nil, nil

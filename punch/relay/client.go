@@ -25,11 +25,14 @@ const MaxAddrs = 8
 // ClientConfig tells a Client what it needs. Its functions are called without
 // locks held; none but Dial may block.
 type ClientConfig struct {
-	Relay       [32]byte           // the relay's X25519 public key
-	PrivateKey  [32]byte           // X25519, the node's WireGuard key
-	Device      ed25519.PrivateKey // signs admissions
-	Credentials []byte             // show the relay who the device is; opaque to this package
-	Boot        uint64             // higher at every start of the node
+	Relay      [32]byte           // the relay's X25519 public key
+	PrivateKey [32]byte           // X25519, the node's WireGuard key
+	Device     ed25519.PrivateKey // signs admissions
+	// Credentials show the relay who the device is; opaque to this package. They
+	// have at most MaxCredentials bytes. Those that make an admission longer than
+	// MaxAdmission go over TLS only.
+	Credentials []byte
+	Boot        uint64 // higher at every start of the node
 
 	// Send sends a datagram from the node's UDP port. It is called from Run.
 	Send func(b []byte, to netip.AddrPort) error
@@ -103,6 +106,7 @@ type Client struct {
 	shown   State
 	doubted time.Time
 	admits  meter
+	refusal error // what the relay answered to the newest admission; nil: nothing bad
 	udp     udpSide
 	tls     tlsSide
 	flows   map[punch.Key]*peerFlow
@@ -118,7 +122,7 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	if len(cfg.Credentials) > maxCredentials {
+	if len(cfg.Credentials) > MaxCredentials {
 		return nil, fmt.Errorf("credentials of %d bytes: %w", len(cfg.Credentials), errCredentials)
 	}
 	c := &Client{
@@ -252,6 +256,9 @@ func (c *Client) poke() {
 // first to answer is used; more than MaxAddrs are cut off.
 func (c *Client) SetAddrs(addrs []netip.AddrPort) {
 	addrs = slices.Clone(addrs[:min(len(addrs), MaxAddrs)])
+	if c.tlsOnly() {
+		addrs = nil
+	}
 	c.mu.Lock()
 	same := slices.Equal(c.addrs, addrs)
 	c.addrs = addrs
@@ -261,6 +268,9 @@ func (c *Client) SetAddrs(addrs []netip.AddrPort) {
 	c.mu.Unlock()
 	c.poke()
 }
+
+// tlsOnly reports whether the relay cannot admit the node over UDP.
+func (c *Client) tlsOnly() bool { return len(c.cfg.Credentials) > maxCredentialsUDP }
 
 // NetworkChanged says that the node's addresses or routes are others now: both
 // ways are tried at once.
@@ -318,7 +328,7 @@ func (c *Client) show() {
 	case UDP:
 		s.Addr, s.RTT = c.udp.addr, c.udp.rtt
 	case TLS:
-		s.RTT, s.Err = c.tls.rtt, c.udp.trouble()
+		s.RTT, s.Err = c.tls.rtt, c.troubleUDP()
 	default:
 		s.Err = c.trouble()
 	}

@@ -41,7 +41,7 @@ func TestForged(t *testing.T) {
 		if len(w.peers) != 1 {
 			t.Errorf("peers %q", w.peers)
 		}
-		if n := w.count(kindAdmit); n > 120 {
+		if n := w.count(kindAdmit); n > 240 {
 			t.Errorf("%d ADMITs in ten minutes", n)
 		}
 	})

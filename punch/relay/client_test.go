@@ -28,7 +28,7 @@ func TestUDPFirst(t *testing.T) {
 		if w.dials != 0 {
 			t.Errorf("%d connections to a relay that answers over UDP", w.dials)
 		}
-		if n := w.count(kindHello); n < 27 || n > 36 {
+		if n := w.count(kindHello); n < 54 || n > 68 {
 			t.Errorf("%d HELLOs in ten minutes", n)
 		}
 		if n := w.count(kindAdmit); n != 1 {
@@ -181,7 +181,7 @@ func TestConnectionSilent(t *testing.T) {
 	}{
 		"doubt":   {func(w *world) { w.client.Doubt() }, minPatienceTLS},
 		"network": {func(w *world) { w.client.NetworkChanged() }, minPatience},
-		"nobody":  {func(*world) {}, helloEvery*11/10 + minPatienceTLS},
+		"nobody":  {func(*world) {}, pingEvery*11/10 + minPatienceTLS},
 	} {
 		synced(t, func(w *world) {
 			w.udp = false

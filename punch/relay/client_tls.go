@@ -93,7 +93,7 @@ func (c *Client) stepPing() {
 	}
 	if t.asked > 0 && t.link.heard.Load() != t.heard {
 		t.asked = 0 // it carries
-		t.ping = c.now.Add(jitter(helloEvery))
+		t.ping = c.now.Add(jitter(pingEvery))
 		c.due(t.ping)
 		return
 	}
@@ -206,7 +206,7 @@ func (c *Client) pongedTLS(q request) {
 		return
 	}
 	t.rtt = smooth(t.rtt, c.now.Sub(q.at))
-	t.restart(c.now.Add(jitter(helloEvery)), max(3*t.rtt, minPatienceTLS))
+	t.restart(c.now.Add(jitter(pingEvery)), max(3*t.rtt, minPatienceTLS))
 }
 
 // toTLS goes back to the connection that UDP had taken over from.
@@ -255,11 +255,32 @@ func (c *Client) closeLink() {
 
 // trouble says why there is no way: what both ways failed of.
 func (c *Client) trouble() error {
-	if c.udp.err == nil || c.udp.refusals > 0 {
-		return c.udp.err
+	udp := c.udp.err
+	if c.tlsOnly() {
+		udp = errLong
 	}
-	if c.tls.err == nil {
-		return c.udp.err
+	switch {
+	case c.refusal != nil:
+		return c.refusal
+	case c.tls.err == nil:
+		return udp
+	case udp == nil:
+		return c.tls.err
+	default:
+		return fmt.Errorf("%w; %w", udp, c.tls.err)
 	}
-	return fmt.Errorf("%w; %w", c.udp.err, c.tls.err)
+}
+
+// troubleUDP says why there is no way over UDP.
+func (c *Client) troubleUDP() error {
+	switch {
+	case c.tlsOnly():
+		return errLong
+	case c.refusal != nil:
+		return c.refusal
+	case c.udp.err != nil:
+		return c.udp.err
+	default:
+		return errNoAnswer
+	}
 }

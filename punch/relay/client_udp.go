@@ -15,7 +15,8 @@ const (
 	minPatience  = 300 * time.Millisecond  // and so long after one on a way that worked
 	minDead      = 1500 * time.Millisecond // UDP without answer for so long is no way
 	doubtPause   = 250 * time.Millisecond
-	helloEvery   = 20 * time.Second
+	helloEvery   = 10 * time.Second // over UDP: a relay that started anew finds out by it
+	pingEvery    = 20 * time.Second // over TLS
 	trialEvery   = 30 * time.Second // of UDP, while TLS carries
 	trialHellos  = 6
 	choiceHolds  = 300 * time.Millisecond // no other address is tried meanwhile
@@ -34,6 +35,7 @@ var (
 	errNoAnswer = errors.New("no answer over UDP")
 	errStranger = errors.New("the relay does not know this device as a member")
 	errFull     = errors.New("the relay is full")
+	errLong     = errors.New("the certificate of this device is too long for UDP")
 )
 
 // gaps are the pauses between HELLOs that get no answer.
@@ -56,6 +58,7 @@ type udpSide struct {
 	observed netip.AddrPort
 	rtt      time.Duration
 	counter  uint64        // of the newest request answered
+	settled  uint64        // of the newest HELLO to addr alone
 	asked    int           // HELLOs in a row without answer
 	first    time.Time     // when the first of them left
 	next     time.Time     // when the next one leaves
@@ -82,13 +85,6 @@ func (u *udpSide) unanswered(d time.Duration) time.Time {
 		return time.Time{}
 	}
 	return u.first.Add(d)
-}
-
-func (u *udpSide) trouble() error {
-	if u.err == nil {
-		return errNoAnswer
-	}
-	return u.err
 }
 
 // request is a message that awaits an answer.
@@ -141,6 +137,9 @@ func (c *Client) hello() {
 	}
 	if u.asked++; u.asked == 1 {
 		u.first = c.now
+		if c.active == UDP {
+			u.settled = c.counter
+		}
 	}
 	u.next = c.now.Add(gap(u.asked))
 	if c.active == TLS && u.asked >= trialHellos {
@@ -294,12 +293,14 @@ func (c *Client) ponged(r *request, observed netip.AddrPort) bool {
 	q := *r
 	c.forget(r)
 	c.udp.admitted = true
-	c.udp.refusals = 0
+	c.udp.refusals, c.refusal = 0, nil
 	if q.link != nil {
 		c.pongedTLS(q)
 		return true
 	}
-	if u := &c.udp; q.counter > u.counter { // the relay moved with the newest
+	// The relay moved with the newest it got; after one to the address in use,
+	// older answers from others mean nothing.
+	if u := &c.udp; q.counter > u.counter && (q.to == u.addr || q.counter > u.settled) {
 		c.pongedUDP(q, observed)
 	}
 	return true
@@ -317,6 +318,8 @@ func (c *Client) pongedUDP(q request, observed netip.AddrPort) {
 	switch {
 	case q.trial || q.counter < c.tls.claim:
 		u.next = c.now // the relay still sends over TLS
+	case c.elsewhere(q):
+		u.next = c.now // the relay may send from there
 	case c.tls.link != nil && c.tls.linger.IsZero():
 		c.tls.linger = c.now.Add(lingers)
 	}
@@ -324,6 +327,14 @@ func (c *Client) pongedUDP(q request, observed netip.AddrPort) {
 		c.reopen()
 	}
 	c.active = UDP
+}
+
+// elsewhere reports whether a newer request than q went to another address, and
+// may have made the relay send from there.
+func (c *Client) elsewhere(q request) bool {
+	return slices.ContainsFunc(c.sent, func(r request) bool {
+		return r.counter > q.counter && r.link == nil && r.to != q.to && !r.trial && r.kind != kindOpen
+	})
 }
 
 func (c *Client) forget(r *request) {
@@ -340,9 +351,9 @@ func (c *Client) refused(r *request, reason uint8) bool {
 	link := r.link
 	c.forget(r)
 	u := &c.udp
-	u.err = errFull
+	c.refusal = errFull
 	if reason == refusedStranger {
-		u.err = errStranger
+		c.refusal = errStranger
 	}
 	pause := jitter(min(minRefused<<min(u.refusals, 16), maxRefused))
 	u.refusals++

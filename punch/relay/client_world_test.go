@@ -33,6 +33,7 @@ type world struct {
 	udp, tcp  bool // what passes
 	deadAddrs map[netip.AddrPort]bool
 	loseUp    func(b []byte) bool
+	lostDown  func(b []byte, relay netip.AddrPort) bool
 	mangle    func(b []byte) [][]byte // of what the relay answers
 
 	client    *Client
@@ -40,7 +41,8 @@ type world struct {
 	states    []string
 	last      State
 	peers     []string
-	sent      []kind // over UDP
+	sent      []kind           // over UDP
+	asked     []netip.AddrPort // where all but OPENs went
 	dials     int
 	conns     []net.Conn
 	stuck     *stuckConn // the newest of them, node side
@@ -69,7 +71,7 @@ func credentialsOf(public punch.Key, device ed25519.PrivateKey) []byte {
 }
 
 func verifyNode(b []byte) (id Identity, err error) {
-	if len(b) != 64 {
+	if len(b) < 64 {
 		return id, errors.New("no credentials")
 	}
 	copy(id.WireGuard[:], b[copy(id.Device[:], b):])
@@ -176,6 +178,9 @@ func (w *world) send(b []byte, to netip.AddrPort) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.sent = append(w.sent, kindOf(b))
+	if kindOf(b) != kindOpen {
+		w.asked = append(w.asked, to)
+	}
 	if h, ok := parseHello(b); ok && !h.trial && w.last.Transport == TLS {
 		w.t.Error("the relay is moved to UDP before the node listens there")
 	}
@@ -210,6 +215,9 @@ func (w *world) handle(b []byte, from netip.AddrPort) []byte {
 func (w *world) reply(b []byte, node, relay netip.AddrPort) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.lostDown != nil && w.lostDown(b, relay) {
+		return
+	}
 	all := [][]byte{b}
 	if w.mangle != nil {
 		all = w.mangle(b)
@@ -306,8 +314,15 @@ func (w *world) count(k kind) (n int) {
 // synced runs a test of a world in a bubble.
 func synced(t *testing.T, happen func(w *world)) {
 	t.Helper()
+	syncedWith(t, func(*world) {}, happen)
+}
+
+// syncedWith is synced for a world that is prepared before the client runs.
+func syncedWith(t *testing.T, prepare, happen func(w *world)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
+		prepare(w)
 		w.run(func() { happen(w) })
 	})
 }

@@ -174,13 +174,13 @@ func (f *framed) put(b []byte) error {
 	return nil
 }
 
-// first reads one datagram of at most MaxAdmission bytes.
+// first reads one datagram of at most maxAdmissionTLS bytes.
 func (f *framed) first() ([]byte, error) {
 	if _, err := io.ReadFull(f.conn, f.prefix[:]); err != nil {
 		return nil, err
 	}
 	n := int(binary.BigEndian.Uint16(f.prefix[:]))
-	if n == 0 || n > MaxAdmission {
+	if n == 0 || n > maxAdmissionTLS {
 		return nil, fmt.Errorf("read frame of %d bytes: %w", n, errFrame)
 	}
 	b := make([]byte, n)
@@ -282,11 +282,4 @@ func (f *framed) close() {
 	if err := c.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 		f.log.Debug("close relay connection", "err", err)
 	}
-}
-
-// dropped says how many frames found no room in the queue.
-func (f *framed) dropped() uint64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.queue.dropped
 }

@@ -24,12 +24,12 @@ var errNotAdmitted = errors.New("not admitted")
 func (s *Server) ServeConn(ctx context.Context, c net.Conn, binding [16]byte) error {
 	var writers errgroup.Group
 	f := newFramed(c, &writers, &s.lender, s.log)
+	f.queue.dropped = &s.count.full
 	stop := context.AfterFunc(ctx, f.close)
 	defer stop()
 	err := s.serveFramed(f, binding)
 	f.close()
 	_ = writers.Wait() // writers return no errors
-	s.count.full.Add(f.dropped())
 	return err
 }
 

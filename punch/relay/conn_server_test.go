@@ -221,8 +221,9 @@ func TestSlowReader(t *testing.T) {
 	n := h.server.bySession(slow.client.session.id)
 	f := n.active.Load().conn.(*framed)
 	f.mu.Lock()
-	queued, dropped := f.queue.size, f.queue.dropped
+	queued := f.queue.size
 	f.mu.Unlock()
+	dropped := h.server.Stats().Drops.Full
 	if queued > maxQueued || queued < maxQueued-2*size || dropped == 0 {
 		t.Errorf("%d bytes are queued for the slow node, %d frames were dropped", queued, dropped)
 	}
@@ -258,7 +259,7 @@ func TestServeConnRefuses(t *testing.T) {
 		"of other connection":  {admit(cookie{2}, credentialsOf(public, device)), 0},
 		"flow frame first":     {numbered(1, 100), 0},
 		"hello first":          {appendFrame(nil, (&hello{id: c.session.id, cookie: cookie{1}}).build(&c.session)), 0},
-		"too long":             {appendFrame(nil, make([]byte, MaxAdmission+1)), 0},
+		"too long":             {appendFrame(nil, make([]byte, maxAdmissionTLS+1)), 0},
 		"empty frame":          {[]byte{0, 0}, 0},
 		"unknown credentials":  {admit(cookie{1}, []byte("nobody")), kindRefused},
 		"admission, then junk": {append(admit(cookie{1}, credentialsOf(public, device)), 0, 0), kindPong},

@@ -187,7 +187,7 @@ func (t *train) reply(to *transport, b []byte) {
 
 // screen passes an ADMIT whose sender is where it says it is to admit.
 func (l *loop) screen(a *arrival, b []byte) (reply []byte) {
-	m, ok := parseAdmit(b)
+	m, ok := parseAdmit(b, MaxAdmission)
 	if !ok {
 		l.s.count.malformed.Add(1)
 		return nil
@@ -209,7 +209,7 @@ func (l *loop) screen(a *arrival, b []byte) (reply []byte) {
 func (l *loop) admit() {
 	out := newTrain(l.s)
 	for p := range l.admissions {
-		a, _ := parseAdmit(p.msg)
+		a, _ := parseAdmit(p.msg, MaxAdmission)
 		if reply, _ := l.s.enrol(&a, p.msg, p.t); reply != nil {
 			out.now = l.s.clock()
 			out.reply(p.t, reply)

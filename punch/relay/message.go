@@ -27,8 +27,10 @@ const (
 	version   = 1
 	trialFlag = 1 // of HELLO and ADMIT
 
-	maxOpen        = 28 // peers of one OPEN
-	maxCredentials = MaxAdmission - admitFixed
+	maxOpen = 28 // peers of one OPEN
+
+	maxCredentialsUDP = MaxAdmission - admitFixed
+	maxAdmissionTLS   = admitFixed + MaxCredentials
 
 	headSize      = 4
 	sequenceSize  = 16
@@ -311,7 +313,8 @@ func parseOpened(b []byte) (o opened, ok bool) {
 	return o, o.bitmap>>o.count == 0
 }
 
-// admission makes a node known to the relay. It travels in one datagram.
+// admission makes a node known to the relay. It travels in one datagram of at most
+// MaxAdmission bytes, or over TLS, where the credentials may be longer.
 //
 //	 0      4         12         28       44  76       78            78+n        142+n 158+n
 //	+------+---------+----------+--------+---+--------+-------------+-----------+-----+
@@ -331,10 +334,10 @@ type admission struct {
 
 const admitPurpose = "overlay/v1/relay-admit\x00"
 
-var errCredentials = errors.New("credentials are too long for one datagram")
+var errCredentials = errors.New("credentials are too long")
 
 func (a *admission) build(s *session, relay [32]byte, device ed25519.PrivateKey) ([]byte, error) {
-	if len(a.credentials) > maxCredentials {
+	if len(a.credentials) > MaxCredentials {
 		return nil, errCredentials
 	}
 	b := appendHead(make([]byte, 0, admitFixed+len(a.credentials)), kindAdmit, flagIf(a.trial))
@@ -348,9 +351,9 @@ func (a *admission) build(s *session, relay [32]byte, device ed25519.PrivateKey)
 }
 
 // parseAdmit reads what session.sealed, the signature and the credentials have
-// yet to prove. The slices of the result are parts of b.
-func parseAdmit(b []byte) (a admission, ok bool) {
-	if len(b) < admitFixed || len(b) > MaxAdmission || kindOf(b) != kindAdmit || b[3]&^trialFlag != 0 {
+// yet to prove, of at most limit bytes. The slices of the result are parts of b.
+func parseAdmit(b []byte, limit int) (a admission, ok bool) {
+	if len(b) < admitFixed || len(b) > limit || kindOf(b) != kindAdmit || b[3]&^trialFlag != 0 {
 		return a, false
 	}
 	n := int(binary.BigEndian.Uint16(b[credentialsAt:]))

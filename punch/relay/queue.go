@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"slices"
 	"sync"
+	"sync/atomic"
 )
 
 const (
@@ -39,9 +40,9 @@ func (p *blocks) giveBack(b *block) { p.pool.Put(b) }
 // less than a new one. An empty queue holds no memory. Its owner guards it.
 type queue struct {
 	lender  *blocks
-	blocks  []*block // oldest first, none empty
-	size    int      // bytes of frames
-	dropped uint64   // frames
+	blocks  []*block       // oldest first, none empty
+	size    int            // bytes of frames
+	dropped *atomic.Uint64 // counts frames; nil: nobody wants to know
 }
 
 // put appends a copy of a run of whole frames. It stops at a damaged one.
@@ -105,7 +106,9 @@ func (q *queue) drop() {
 	n := framePrefix + int(binary.BigEndian.Uint16(b.bytes()))
 	b.start += n
 	q.size -= n
-	q.dropped++
+	if q.dropped != nil {
+		q.dropped.Add(1)
+	}
 	if b.start == b.end {
 		q.lender.giveBack(q.take())
 	}

@@ -3,6 +3,7 @@ package relay
 import (
 	"bytes"
 	"encoding/binary"
+	"sync/atomic"
 	"testing"
 )
 
@@ -44,7 +45,8 @@ func drainQueue(t *testing.T, q *queue) (all []int) {
 
 func TestQueueKeepsNewest(t *testing.T) {
 	for _, size := range []int{headerSize + 4, 100, 1440, MaxFrame} {
-		q := queue{lender: new(blocks)}
+		var count atomic.Uint64
+		q := queue{lender: new(blocks), dropped: &count}
 		const rounds, batch = 2000, 7
 		for i := range rounds {
 			var run []byte
@@ -59,7 +61,7 @@ func TestQueueKeepsNewest(t *testing.T) {
 				t.Fatalf("%d blocks are held", n)
 			}
 		}
-		dropped := int(q.dropped)
+		dropped := int(count.Load())
 		got := drainQueue(t, &q)
 		if len(got)+dropped != rounds*batch {
 			t.Errorf("size %d: %d frames left and %d dropped of %d", size, len(got), dropped, rounds*batch)

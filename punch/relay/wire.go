@@ -30,9 +30,11 @@ const (
 	// MaxFrame is the longest datagram a relay takes, its header included: the
 	// largest UDP payload with jumbo frames.
 	MaxFrame = 9216 + 64
-	// MaxAdmission is the longest ADMIT, credentials included: one datagram on
-	// any path.
+	// MaxAdmission is the longest ADMIT over UDP, credentials included: one
+	// datagram on any path.
 	MaxAdmission = 1000
+	// MaxCredentials is how long credentials may be over TLS.
+	MaxCredentials = 2 << 10
 )
 
 // Header names the flow between two nodes and begins each of its datagrams. It

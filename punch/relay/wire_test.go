@@ -118,18 +118,28 @@ func TestAdmitRoundTrip(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, ok := parseAdmit(b)
+	got, ok := parseAdmit(b, MaxAdmission)
 	if !ok || got.hello != a.hello || got.node != w || string(got.credentials) != "documents" || !s.sealed(b) {
 		t.Errorf("admit %+v, %v", got, ok)
 	}
 	if !got.by(public, r) || got.by(public, w) || got.by(w, r) {
 		t.Error("the signature does not bind device and relay")
 	}
-	a.credentials = make([]byte, maxCredentials)
+	a.credentials = make([]byte, maxCredentialsUDP)
 	if b, err = a.build(&s, r, device); err != nil || len(b) != MaxAdmission {
-		t.Errorf("the longest has %d bytes: %v", len(b), err)
+		t.Errorf("the longest in a datagram has %d bytes: %v", len(b), err)
 	}
-	a.credentials = make([]byte, maxCredentials+1)
+	a.credentials = make([]byte, MaxCredentials)
+	if b, err = a.build(&s, r, device); err != nil || len(b) != maxAdmissionTLS {
+		t.Errorf("the longest over TLS has %d bytes: %v", len(b), err)
+	}
+	if _, ok = parseAdmit(b, MaxAdmission); ok {
+		t.Error("it is taken as a datagram")
+	}
+	if got, ok = parseAdmit(b, maxAdmissionTLS); !ok || len(got.credentials) != MaxCredentials {
+		t.Error("it is not taken over TLS")
+	}
+	a.credentials = make([]byte, MaxCredentials+1)
 	if _, err = a.build(&s, r, device); err == nil {
 		t.Error("credentials of any length")
 	}
@@ -243,7 +253,7 @@ func FuzzAdmit(f *testing.F) {
 		f.Fatal(err)
 	}
 	fuzzMessage(f, seed, macSize+ed25519.SignatureSize, func(s *session, b []byte) ([]byte, bool) {
-		a, ok := parseAdmit(b)
+		a, ok := parseAdmit(b, maxAdmissionTLS)
 		if !ok {
 			return nil, false
 		}

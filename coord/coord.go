@@ -288,7 +288,7 @@ const (
 	CodeNoAddress       Code = "no_address"       // 507: the prefix is full
 	CodeNotMember       Code = "not_member"       // 403
 	CodeNotSigner       Code = "not_signer"       // 403
-	CodeNotRelay        Code = "not_relay"        // 403: the invite admits no relay
+	CodeNotRelay        Code = "not_relay"        // 403: the invite admits no relay, or nothing else
 	CodeRevoked         Code = "revoked"          // 403
 	CodeRateLimited     Code = "rate_limited"     // 429, with Retry-After
 	CodeVersion         Code = "version"          // 426

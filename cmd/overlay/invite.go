@@ -36,7 +36,7 @@ join: hand it on as you would a password.`,
 	f.IntVar(&r.Uses, "uses", 1, "number of machines it works for")
 	f.StringVar(&expires, "expires", "24h", "how long it works, like 90m, 24h or 7d")
 	f.StringVar(&r.Name, "name", "", "the name the machine gets")
-	f.StringArrayVar(&r.Tags, "tag", nil, "a tag the machine gets; may be repeated")
+	f.StringArrayVar(&r.Tags, "tag", nil, "a tag the machine gets; may be repeated; \"relay\" admits a relay and nothing else")
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		var err error

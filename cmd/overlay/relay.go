@@ -23,7 +23,7 @@ several; it forwards what they have encrypted and can read nothing of it. The
 coordination server is a relay too: more of them only make the way shorter.
 
 The first start joins the mesh with an invite for a relay, which the machine
-that founded the mesh makes:  overlay invite --tag relay
+that founded the mesh makes:  sudo overlay invite --tag relay
 Later starts need none. With "-" the invite is read from standard input; it may
 also be in the variable OVERLAY_INVITE.
 

@@ -230,6 +230,10 @@ func (r *registry) reserveNew(t *txn, a applicant, mesh meshRecord) (nodeRecord,
 		return nodeRecord{}, hinted(refuse(coord.CodeNotRelay, "this invite does not admit a relay"),
 			"make one with: overlay invite --tag %s", trust.RelayTag)
 	}
+	if !a.relay && slices.Contains(granted.Tags, trust.RelayTag) {
+		return nodeRecord{}, hinted(refuse(coord.CodeNotRelay, "this invite is for a relay"),
+			"on the relay's machine: overlay relay ovl1_... For another machine make one with: overlay invite")
+	}
 	if _, taken := get[claim](t, keyWireGuard+text(a.wireguard)); taken {
 		return nodeRecord{}, refuse(coord.CodeBadKey, "this WireGuard key belongs to another device")
 	}

@@ -107,6 +107,7 @@ func TestLostPong(t *testing.T) {
 		second := netip.MustParseAddrPort("192.0.2.2:3478")
 		w.after(time.Second)
 		lose := w.addrs[0]
+		w.detours = map[netip.AddrPort]time.Duration{lose: time.Millisecond}
 		w.client.SetAddrs([]netip.AddrPort{second, w.addrs[0]})
 		w.loseUp = func(b []byte) bool { return kindOf(b) == kindHello && w.count(kindHello) < 3 } // then all are asked
 		w.lostDown = func(_ []byte, relay netip.AddrPort) bool { return relay == lose }

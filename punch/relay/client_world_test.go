@@ -32,6 +32,7 @@ type world struct {
 
 	udp, tcp  bool // what passes
 	deadAddrs map[netip.AddrPort]bool
+	detours   map[netip.AddrPort]time.Duration
 	loseUp    func(b []byte) bool
 	lostDown  func(b []byte, relay netip.AddrPort) bool
 	mangle    func(b []byte) [][]byte // of what the relay answers
@@ -192,7 +193,7 @@ func (w *world) send(b []byte, to netip.AddrPort) error {
 	}
 	from := w.node
 	b = slices.Clone(b)
-	time.AfterFunc(leg, func() {
+	time.AfterFunc(leg+w.detours[to], func() {
 		if reply := w.handle(b, from); reply != nil {
 			w.reply(reply, from, to)
 		}

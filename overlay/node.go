@@ -103,6 +103,11 @@ func (n *Node) Up(ctx context.Context, r UpRequest, progress func(Progress)) (Up
 	if err != nil {
 		return UpResult{}, err
 	}
+	if n.current() == nil {
+		if err := tun.CheckInterface(c.Interface); err != nil { // before an invite is spent
+			return UpResult{}, deviceError(err, c)
+		}
+	}
 	if err := n.join(ctx, r, c, progress); err != nil {
 		return UpResult{}, err
 	}

@@ -23,6 +23,15 @@ func checkName(name string) error {
 	return nil
 }
 
+// CheckInterface fails, as Open would, when the name is not usable or an
+// interface has it.
+func CheckInterface(name string) error {
+	if err := checkName(name); err != nil {
+		return err
+	}
+	return checkFree(name)
+}
+
 // checkFree fails when an interface of that name exists. CreateTUN cannot tell:
 // it would take over a persistent TUN without a word.
 func checkFree(name string) error {

@@ -131,9 +131,10 @@ func (s *session) relayServers(list []punch.Server) {
 // relays lists the standalone relays of the mesh.
 func (r *roster) relays() []relayInfo {
 	var list []relayInfo
+	prefixes := []netip.Prefix{r.mesh.Genesis().ULA, r.mesh.State().Prefix4}
 	for _, m := range r.members {
 		if m.cert.Role == trust.RoleRelay {
-			list = append(list, m.relayInfo())
+			list = append(list, m.relayInfo(prefixes))
 		}
 	}
 	return list
@@ -141,15 +142,25 @@ func (r *roster) relays() []relayInfo {
 
 // relayInfo is a member as a relay: its TLS has the port of its UDP, and shows
 // the key of the device.
-func (m *member) relayInfo() relayInfo {
+func (m *member) relayInfo(mesh []netip.Prefix) relayInfo {
 	info := relayInfo{key: punch.Key(m.cert.WireGuard), name: m.cert.Name, online: m.node.Online, verify: onlyDevice(m.cert.Device)}
 	for _, e := range m.record.Candidates[:min(len(m.record.Candidates), relay.MaxAddrs)] {
+		if !outside(e.Addr.Addr(), mesh) {
+			continue
+		}
 		info.addrs = append(info.addrs, e.Addr)
 		if len(info.servers) < maxRelayDials {
 			info.servers = append(info.servers, e.Addr.String())
 		}
 	}
 	return info
+}
+
+// outside says whether an address that somebody named may be sent to: it leads
+// neither to this machine, nor to all on its link, nor into the mesh.
+func outside(a netip.Addr, mesh []netip.Prefix) bool {
+	a = a.Unmap()
+	return a.IsGlobalUnicast() && !slices.ContainsFunc(mesh, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // onlyDevice accepts the key of one device.

@@ -151,3 +151,29 @@ func TestSignalsThroughRelays(t *testing.T) {
 		}
 	})
 }
+
+// Nothing is sent to addresses that lead to this machine, to its link, or into
+// the mesh, whatever a relay names.
+func TestRelaysNameNoAddressesInside(t *testing.T) {
+	m := newTestMesh(t)
+	self, fra := m.node("alice", m.signer), m.relay("fra")
+	fine := []netip.AddrPort{netip.MustParseAddrPort("203.0.113.7:443"), netip.MustParseAddrPort("192.168.1.2:443")}
+	list := []trust.Endpoint{{Addr: fine[0], Type: uint8(punch.PortMapped)}, {Addr: fine[1], Type: uint8(punch.PortMapped)}}
+	for _, a := range []string{"127.0.0.1:1", "[::1]:1", "0.0.0.0:1", "[::]:1", "224.0.0.1:1", "[ff02::1]:1", "169.254.1.1:1", "[fe80::1]:1", "255.255.255.255:1", "100.90.0.9:1", "[fd00:1:2::9]:1"} {
+		r := m.roster(self)
+		n := fra.node
+		doc, err := trust.SignRecord(trust.Record{
+			Device: fra.cert.Device, Serial: 1,
+			Candidates: append([]trust.Endpoint{{Addr: netip.MustParseAddrPort(a), Type: uint8(punch.PortMapped)}}, list...),
+		}, fra.device)
+		if err != nil {
+			continue // cannot be in a record
+		}
+		n.Record = doc
+		r.apply(&coord.Netmap{Nodes: []coord.Node{n}}, true)
+		got := r.relays()
+		if len(got) != 1 || !slices.Equal(got[0].addrs, fine) || !slices.Equal(got[0].servers, []string{fine[0].String(), fine[1].String()}) {
+			t.Errorf("%s: relays %+v", a, got)
+		}
+	}
+}

@@ -135,9 +135,10 @@ type way struct {
 type links struct {
 	cfg  linksConfig
 	wake chan struct{}
-	// addrs are those of all known relays: never probed as peers. Not under mu,
-	// because the agent asks while it holds its own lock.
-	addrs atomic.Pointer[map[netip.AddrPort]bool]
+	// tried are the addresses of all known relays, and answered those at which one
+	// is: never probed as peers. Not under mu, because the agent asks while it
+	// holds its own lock.
+	tried, answered atomic.Pointer[map[netip.AddrPort]bool]
 
 	mu        sync.Mutex
 	ownRelay  *relayInfo
@@ -203,20 +204,27 @@ func (l *links) setOwn(r relayInfo) {
 	l.poke()
 }
 
-// collectAddrs notes where relays are; mu is held.
+// collectAddrs notes where relays are, or say they are; mu is held.
 func (l *links) collectAddrs() {
-	all := map[netip.AddrPort]bool{}
+	tried, answered := map[netip.AddrPort]bool{}, map[netip.AddrPort]bool{}
 	for _, r := range l.known() {
 		for _, a := range r.addrs {
-			all[a] = true
+			tried[a] = true
+			answered[a] = answered[a] || r.own // the server said so over TLS
 		}
 	}
-	l.addrs.Store(&all)
+	for _, k := range l.open {
+		if k.stun.IsValid() {
+			tried[k.stun], answered[k.stun] = true, true
+		}
+	}
+	l.tried.Store(&tried)
+	l.answered.Store(&answered)
 }
 
 // isRelay reports whether a relay has that address. It takes no lock.
 func (l *links) isRelay(a netip.AddrPort) bool {
-	all := l.addrs.Load()
+	all := l.answered.Load()
 	return all != nil && (*all)[a]
 }
 
@@ -246,7 +254,7 @@ func (l *links) demand(k punch.Key, now time.Time) {
 
 // receive hands a control datagram to whoever asked for it.
 func (l *links) receive(b []byte, from netip.AddrPort) {
-	if !l.isRelay(from) {
+	if all := l.tried.Load(); all == nil || !(*all)[from] {
 		return
 	}
 	l.mu.Lock()
@@ -404,6 +412,9 @@ func (l *links) choose(ctx context.Context, g *errgroup.Group, now time.Time) {
 		}
 		l.opened++
 		fresh = append(fresh, &relayLink{id: l.ids[r], boot: l.opened, info: infos[r], began: now, here: map[punch.Key]bool{}})
+	}
+	if len(gone) > 0 {
+		l.collectAddrs()
 	}
 	l.mu.Unlock()
 	for _, k := range gone {

@@ -571,9 +571,35 @@ func TestControlGoesToRelaysOnly(t *testing.T) {
 		if f := w.fakes["server0"]; !slices.Equal(f.received, []string{"pong"}) || f.changed != 1 || f.doubts != 1 {
 			t.Fatalf("received %q, changed %d, doubts %d", f.received, f.changed, f.doubts)
 		}
-		if !w.links.isRelay(relayAddr("server0")) || w.links.isRelay(relayAddr("a1")) {
-			t.Fatal("relays' addresses are not told apart")
+	})
+}
+
+// What a relay names may be a node's own mapping: it keeps nobody from being
+// probed there until a relay answered.
+func TestOnlyWhereARelayAnsweredIsForbidden(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newLinksWorld(t)
+		defer w.end()
+		w.server()
+		w.members(standalone("a1"))
+		w.links.receive([]byte("pong"), relayAddr("a1"))
+		if got := w.fakes["a1"].received; !slices.Equal(got, []string{"pong"}) {
+			t.Fatalf("received %q from an address that is tried", got)
 		}
+		is := func(name string, want bool) {
+			t.Helper()
+			if w.links.isRelay(relayAddr(name)) != want {
+				t.Fatalf("%s is a relay: %v, want %v", name, !want, want)
+			}
+		}
+		is("server0", true)
+		is("a1", false)
+		w.up("a1", ms)
+		is("a1", true)
+		w.state("a1", relay.State{Transport: relay.TLS, RTT: ms})
+		is("a1", true)
+		w.members(nil)
+		is("a1", false)
 	})
 }
 

@@ -17,8 +17,9 @@ func (l *links) onState(k *relayLink, st relay.State) {
 	if st.Transport != old.Transport {
 		k.began = now
 	}
-	if st.Transport == relay.UDP {
+	if st.Transport == relay.UDP && st.Addr != k.stun {
 		k.stun = st.Addr
+		l.collectAddrs()
 	}
 	if k.up() && st.RTT > 0 {
 		l.trips[k.info.key] = st.RTT

@@ -76,7 +76,8 @@ type publisher struct {
 
 // checkRecord judges a record before anybody else sees it: what a device may
 // tell the mesh to send packets to. A relay's mapped ports may be on any
-// address: who runs it says where it is reached, and who invited it let him.
+// address of one machine elsewhere: who runs it says where it is reached, and who
+// invited it let him.
 func (t *tokens) checkRecord(by publisher, p coord.Publish) (trust.Record, error) {
 	rec, err := trust.OpenRecord(p.Record)
 	if err != nil {
@@ -99,7 +100,7 @@ func (t *tokens) checkRecord(by publisher, p coord.Publish) (trust.Record, error
 				return rec, badCandidate(i, "only %d global IPv6 host candidates are published", maxHosts)
 			}
 		case punch.PortMapped:
-			if mapped++; mapped > maxMapped || !observed[addr] && by.role != trust.RoleRelay {
+			if mapped++; mapped > maxMapped || !observed[addr] && (by.role != trust.RoleRelay || !addr.Unmap().IsGlobalUnicast()) {
 				return rec, badCandidate(i, "a mapped port must be on an observed address")
 			}
 		default:

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -384,4 +385,35 @@ func TestRelayConnectionsOfMember(t *testing.T) {
 	if open > maxOfMember || open < maxOfMember-1 { // the one that founded may still be closing
 		t.Errorf("%d connections of one member", open)
 	}
+}
+
+// TestRelayLongCertificate: a node with long tags has credentials that fit no
+// datagram. It is relayed all the same.
+func TestRelayLongCertificate(t *testing.T) {
+	s := start(t, t.TempDir())
+	o := found(t, s)
+	a, b := newNode(t), o.joined(t, "b")
+	tagged := func(c *trust.InviteCap) {
+		for i := range trust.MaxTags {
+			c.Tags = append(c.Tags, string(rune('a'+i))+strings.Repeat("t", 40))
+		}
+	}
+	if err := a.join(t, o.invite(t, tagged), "a"); err != nil {
+		t.Fatal(err)
+	}
+	w := a.welcomed(t, s.Addr().String())
+	la, lb := a.linkTo(t, s.Addr().String(), w, w.Relay.Ports), b.linkTo(t, s.Addr().String(), w, w.Relay.Ports)
+	la.client.SetPeers([]punch.Key{b.key(t)})
+	lb.client.SetPeers([]punch.Key{a.key(t)})
+	if state := la.until(relay.TLS); state.Err == nil {
+		t.Error("nothing says why it is not UDP")
+	}
+	la.to = netip.AddrPort{}
+	la.untilPeer()
+	lb.untilPeer()
+	flow := relay.FlowOf(a.key(t), b.key(t))
+	la.send(flow, "there")
+	lb.want(flow, "there")
+	lb.send(flow, "and back")
+	la.want(flow, "and back")
 }

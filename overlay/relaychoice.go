@@ -37,9 +37,9 @@ type candidate struct {
 	online bool          // as far as the server knows
 	linked bool          // there is a link, up or not
 	up     bool          // the link carries
-	failed bool          // there is a link, and it has been silent for long
+	failed bool          // the link has been silent for long, or cannot be made
 	trip   time.Duration // round trip when it was measured last; 0: never
-	home   bool          // an online peer is to be reached there
+	home   bool          // a wanted peer is to be reached there
 }
 
 // class orders relays: those that are sure to be of use first.
@@ -47,7 +47,7 @@ func (c candidate) class() int {
 	switch {
 	case c.own:
 		return 0
-	case c.failed || !c.online && !c.up:
+	case c.failed || !c.online && !c.linked:
 		return 3
 	case c.trip > 0:
 		return 1
@@ -66,7 +66,9 @@ func (c candidate) weight() time.Duration {
 
 // chooseRelays tells which relays to keep a link to: the own server's, the
 // nearest ones, the homes of peers, and as many as there is room for of those
-// whose distance is not known yet, or that are silent while too few answer.
+// whose distance is not known yet, or that are silent while too few answer. What
+// is up does not end because the server, which may have restarted, says that the
+// relay is offline.
 func chooseRelays(all []candidate) []punch.Key {
 	slices.SortFunc(all, func(a, b candidate) int {
 		return cmp.Or(cmp.Compare(a.class(), b.class()), cmp.Compare(a.weight(), b.weight()), slices.Compare(a.key[:], b.key[:]))
@@ -80,16 +82,21 @@ func chooseRelays(all []candidate) []punch.Key {
 		}
 	}
 	pick(func(c candidate) bool { return c.own })
-	near := 0
+	near, up := 0, 0
 	pick(func(c candidate) bool {
-		if c.class() == 1 {
-			near++
+		if c.class() != 1 || near == nearestRelays {
+			return false
 		}
-		return c.class() == 1 && near <= nearestRelays
+		near++
+		if c.up {
+			up++
+		}
+		return true
 	})
+	pick(func(c candidate) bool { return c.up && !c.online })
 	pick(func(c candidate) bool { return c.home })
 	pick(func(c candidate) bool { return c.class() == 2 })
-	pick(func(c candidate) bool { return c.class() == 3 && near < nearestRelays })
+	pick(func(c candidate) bool { return c.class() == 3 && (near < nearestRelays || c.linked && up < nearestRelays) })
 	return use
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -34,6 +35,8 @@ const (
 	askEverywhere = 84
 	// judgeEvery is how often a link is measured: as often as it is kept alive.
 	judgeEvery = 20 * time.Second
+	// reopenRelay is how long a relay is left alone whose client cannot be made.
+	reopenRelay = time.Minute
 	// maxLinkID is the highest number of a link; see tun.Device.SetLink.
 	maxLinkID = 1<<15 - 1
 )
@@ -147,6 +150,7 @@ type links struct {
 	demands   map[punch.Key]time.Time
 	open      map[punch.Key]*relayLink // by relay
 	ids       map[punch.Key]uint16
+	broken    map[punch.Key]time.Time     // relays whose client could not be made: not until then
 	opened    uint64                      // links ever
 	trips     map[punch.Key]time.Duration // as measured last
 	home      home
@@ -162,7 +166,7 @@ func newLinks(c linksConfig) *links {
 		cfg: c, wake: make(chan struct{}, 1),
 		relays: map[punch.Key]relayInfo{}, peers: map[punch.Key]linkPeer{}, demands: map[punch.Key]time.Time{},
 		open: map[punch.Key]*relayLink{}, ids: map[punch.Key]uint16{}, trips: map[punch.Key]time.Duration{},
-		handles: map[punch.Key]map[uint16]netip.AddrPort{}, ways: map[netip.AddrPort]way{},
+		broken: map[punch.Key]time.Time{}, handles: map[punch.Key]map[uint16]netip.AddrPort{}, ways: map[netip.AddrPort]way{},
 	}
 }
 
@@ -189,6 +193,11 @@ func (l *links) setMembers(relays []relayInfo, peers []linkPeer) {
 		}
 		l.peers[p.key] = p
 	}
+	left := func(p punch.Key) bool { _, member := l.peers[p]; return !member }
+	for _, k := range l.open {
+		maps.DeleteFunc(k.here, func(p punch.Key, _ bool) bool { return left(p) })
+	}
+	maps.DeleteFunc(l.demands, func(p punch.Key, _ time.Time) bool { return left(p) })
 	l.collectAddrs()
 	l.mu.Unlock()
 	l.poke()
@@ -404,7 +413,7 @@ func (l *links) choose(ctx context.Context, g *errgroup.Group, now time.Time) {
 			k.info = infos[r]
 			continue
 		}
-		if l.ids[r] == 0 && len(l.ids) == maxLinkID {
+		if now.Before(l.broken[r]) || l.ids[r] == 0 && len(l.ids) == maxLinkID {
 			continue
 		}
 		if l.ids[r] == 0 {
@@ -429,7 +438,7 @@ func (l *links) choose(ctx context.Context, g *errgroup.Group, now time.Time) {
 func (l *links) candidates(now time.Time) []candidate {
 	homes := map[punch.Key]bool{}
 	for _, p := range l.peers {
-		if p.online && len(p.relays) > 0 {
+		if (p.online || now.Before(l.demands[p.key])) && len(p.relays) > 0 {
 			first := punch.Key(p.relays[0].Relay)
 			homes[first] = homes[first] || l.open[first] != nil || !l.shares(p)
 		}
@@ -441,7 +450,8 @@ func (l *links) candidates(now time.Time) []candidate {
 			c.linked, c.up = true, k.up()
 			c.failed = !c.up && now.Sub(k.began) >= giveUpRelay
 		}
-		if r.own || len(r.addrs) > 0 {
+		c.failed = c.failed || now.Before(l.broken[r.key])
+		if r.own || c.up || len(r.addrs) > 0 {
 			list = append(list, c)
 		}
 	}
@@ -460,7 +470,13 @@ func (l *links) shares(p linkPeer) bool {
 func (l *links) start(ctx context.Context, g *errgroup.Group, k *relayLink) {
 	client, err := l.cfg.open(k, k.boot)
 	if err != nil {
-		l.cfg.log.Warn("relay not used", "relay", k.info.name, "err", err)
+		l.mu.Lock()
+		_, told := l.broken[k.info.key]
+		l.broken[k.info.key] = time.Now().Add(reopenRelay)
+		l.mu.Unlock()
+		if !told {
+			l.cfg.log.Warn("relay not used", "relay", k.info.name, "err", err)
+		}
 		return
 	}
 	ctx, k.cancel = context.WithCancel(ctx)

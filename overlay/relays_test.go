@@ -80,6 +80,7 @@ type linksWorld struct {
 	published []time.Time
 	arrived   []punch.Key
 	sent      []string
+	broken    string // the relay whose client cannot be made
 }
 
 func newLinksWorld(t *testing.T) *linksWorld {
@@ -122,8 +123,15 @@ func (w *linksWorld) note(do func()) {
 
 func (w *linksWorld) open(k *relayLink, boot uint64) (relayClient, error) {
 	f := &fakeRelay{link: k, boot: boot}
-	w.note(func() { w.fakes[k.info.name] = f })
-	return f, nil
+	var err error
+	w.note(func() {
+		if w.broken == k.info.name {
+			err = errors.New("credentials of 999 bytes")
+			return
+		}
+		w.fakes[k.info.name] = f
+	})
+	return f, err
 }
 
 func (w *linksWorld) setRelays(k punch.Key, list []punch.Relay) {
@@ -438,8 +446,97 @@ func TestHomeOfAPeer(t *testing.T) {
 		}
 		bob.online = false
 		w.members(all, bob)
+		if w.fakes["far9"].ended {
+			t.Fatal("left the home of a peer that may only have lost the server")
+		}
+		time.Sleep(demandFor + linkTick)
 		if !w.fakes["far9"].ended {
 			t.Fatal("stays at the home of a peer that is gone")
+		}
+	})
+}
+
+// A server that restarted names nobody until they come back.
+func TestServerThatForgotEverybodyEndsNoLink(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newLinksWorld(t)
+		defer w.end()
+		all := standalone("a1", "b2", "c3", "far9")
+		bob := linkPeer{key: punch.Key{1}, online: true, relays: tripsOf("far9")}
+		w.server()
+		w.members(all, bob)
+		for _, n := range []string{"a1", "b2", "c3", "far9"} {
+			w.up(n, 5*ms)
+		}
+		w.up("far9", 99*ms)
+		before := slices.Clone(w.relays[bob.key])
+		for i := range all {
+			all[i].online, all[i].addrs = false, nil
+		}
+		bob.online = false
+		w.members(all, bob)
+		time.Sleep(demandFor + linkTick)
+		synctest.Wait()
+		for _, n := range []string{"a1", "b2", "c3", "far9"} {
+			if w.fakes[n].ended {
+				t.Errorf("the link to %s ended", n)
+			}
+		}
+		if len(before) == 0 {
+			t.Fatal("no way to bob at all")
+		}
+		w.wantRelays(bob.key, before...)
+		w.members(nil, bob) // withdrawn
+		if !w.fakes["a1"].ended || !w.fakes["far9"].ended {
+			t.Error("links to relays that were withdrawn go on")
+		}
+	})
+}
+
+// Relays tell of peers that left, too.
+func TestPeersThatLeftAreForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newLinksWorld(t)
+		defer w.end()
+		bob := linkPeer{key: punch.Key{1}, online: true}
+		w.server()
+		w.members(nil, bob)
+		w.links.onPeer(w.fakes["server0"].link, bob.key, true)
+		w.links.demand(bob.key, time.Now())
+		w.members(nil)
+		w.links.onPeer(w.fakes["server0"].link, bob.key, true) // was on its way
+		w.links.mu.Lock()
+		defer w.links.mu.Unlock()
+		if k := w.fakes["server0"].link; len(k.here) > 0 || len(w.links.demands) > 0 {
+			t.Fatalf("here %v, demands %v", k.here, w.links.demands)
+		}
+	})
+}
+
+// A relay whose client cannot be made gives its place to another, and is told of
+// once.
+func TestRelayWithoutAClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newLinksWorld(t)
+		w.note(func() { w.broken = "a1" })
+		w.members(standalone("a1", "b2"))
+		for range 5 {
+			time.Sleep(linkTick)
+			w.links.poke()
+			synctest.Wait()
+		}
+		w.note(func() { w.broken = "" })
+		if f := w.fakes["b2"]; f == nil || f.link.id != 2 {
+			t.Fatal("no link to the other relay")
+		}
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if w.fakes["a1"] == nil {
+			t.Error("never tried again")
+		}
+		w.end()
+		if n := strings.Count(w.log.String(), `msg="relay not used"`); n != 1 {
+			t.Errorf("told %d times:\n%s", n, w.log.String())
 		}
 	})
 }

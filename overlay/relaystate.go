@@ -86,6 +86,8 @@ func (l *links) upTrips() map[punch.Key]time.Duration {
 // onPeer takes whether a peer is at a relay.
 func (l *links) onPeer(k *relayLink, p punch.Key, here bool) {
 	l.mu.Lock()
+	_, member := l.peers[p]
+	here = here && member
 	if here {
 		k.here[p] = true
 	} else {

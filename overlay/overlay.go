@@ -171,7 +171,7 @@ type PeerStatus struct {
 }
 
 // PathStatus is how packets reach a peer: direct, relay or none. Via is how the
-// endpoint was found, or relay-udp or relay-tls.
+// endpoint was found, or relay-udp or relay-tls. Relay is named as in RelayStatus.
 type PathStatus struct {
 	Kind     string `json:"kind"`
 	Endpoint string `json:"endpoint,omitempty"`
@@ -181,7 +181,8 @@ type PathStatus struct {
 }
 
 // RelayStatus is a relay this node keeps a link to. Home is the one at which the
-// node is to be reached first.
+// node is to be reached first. The one in the own server is named by the server's
+// host, or "server" to others than root.
 type RelayStatus struct {
 	Name      string   `json:"name"`
 	Transport string   `json:"transport"` // udp, tls, or empty: out of reach

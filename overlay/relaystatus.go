@@ -10,19 +10,28 @@ import (
 	"overlay/punch/relay"
 )
 
-// relayed tells which relay a handle leads through, and how that is reached.
-func (l *links) relayed(handle netip.AddrPort) (name string, over relay.Transport) {
+// nameFor names a relay; full is with what may name addresses.
+func (r relayInfo) nameFor(full bool) string {
+	if r.own && !full {
+		return "server"
+	}
+	return r.name
+}
+
+// relayed tells which relay a handle leads through, and how that is reached; full
+// is with what may name addresses.
+func (l *links) relayed(handle netip.AddrPort, full bool) (name string, over relay.Transport) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if k := l.byID(l.ways[handle].link); k != nil {
-		return k.info.name, k.state.Transport
+		return k.info.nameFor(full), k.state.Transport
 	}
 	return "", relay.None
 }
 
 // describe names a handle for people: "relay NAME (udp)".
 func (l *links) describe(handle netip.AddrPort) string {
-	name, over := l.relayed(handle)
+	name, over := l.relayed(handle, true)
 	switch {
 	case name == "":
 		return "a relay"
@@ -66,7 +75,7 @@ func (l *links) status(full bool) []RelayStatus {
 	list := []RelayStatus{}
 	for _, k := range slices.SortedFunc(maps.Values(l.open), func(a, b *relayLink) int { return cmp.Compare(a.id, b.id) }) {
 		st := RelayStatus{
-			Name: k.info.name, Transport: k.state.Transport.String(),
+			Name: k.info.nameFor(full), Transport: k.state.Transport.String(),
 			Home: l.home.chosen && l.home.key == k.info.key,
 		}
 		if k.up() && k.state.RTT > 0 {

@@ -82,7 +82,7 @@ func (s *session) pathStatus(m *member, full bool) PathStatus {
 		}
 		return st
 	case ok:
-		name, over := s.links.relayed(path.Addr)
+		name, over := s.links.relayed(path.Addr, full)
 		st = PathStatus{Kind: "relay", Relay: name}
 		if over != relay.None {
 			st.Via = "relay-" + over.String()

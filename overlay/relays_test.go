@@ -142,6 +142,8 @@ func (w *linksWorld) SetLink(id uint16, l tun.Link) {
 	w.note(func() {
 		w.device[id] = l.Addr.String()
 		switch {
+		case l.Send != nil && l.Addr.IsValid():
+			w.device[id] = "tls, takes " + l.Addr.String()
 		case l.Send != nil:
 			w.device[id] = "tls"
 		case !l.Addr.IsValid():
@@ -254,7 +256,7 @@ func TestRelayFirst(t *testing.T) {
 		w.wantRelays(bob, punch.Relay{Addr: handle(bob, 1), Here: true, RTT: 30 * ms})
 		w.state("server0", relay.State{Transport: relay.TLS, RTT: 12 * ms, Err: errors.New("no answer")})
 		w.wantRelays(bob, punch.Relay{Addr: handle(bob, 1), Here: true, RTT: 32 * ms})
-		if w.device[1] != "tls" || !w.links.reach().noUDP() {
+		if w.device[1] != "tls, takes "+relayAddr("server0").String() || !w.links.reach().noUDP() {
 			t.Fatalf("link 1 of the device: %q", w.device[1])
 		}
 		if got := w.links.describe(handle(bob, 1)); got != "relay server0 (tls)" {
@@ -493,6 +495,54 @@ func TestServerThatForgotEverybodyEndsNoLink(t *testing.T) {
 	})
 }
 
+// What the relay sent over UDP before it heard that TLS is used now still counts.
+func TestLinkOverTLSTakesWhatComesOverUDP(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newLinksWorld(t)
+		defer w.end()
+		at := netip.MustParseAddrPort("198.51.100.9:443")
+		w.members([]relayInfo{{key: relayKey('1'), name: "a1", online: true, servers: []string{"a:1"}, addrs: []netip.AddrPort{relayAddr("a1"), at}}})
+		w.state("a1", relay.State{Transport: relay.TLS, RTT: ms})
+		if got := w.device[1]; got != "tls, takes "+relayAddr("a1").String() {
+			t.Fatalf("link %q, not of the first address", got)
+		}
+		w.state("a1", relay.State{Transport: relay.UDP, Addr: at, RTT: ms})
+		w.state("a1", relay.State{Transport: relay.TLS, RTT: ms})
+		if got := w.device[1]; got != "tls, takes "+at.String() {
+			t.Fatalf("link %q, not where UDP worked", got)
+		}
+		w.server()
+		w.links.setOwn(relayInfo{key: relayKey('0'), name: "server0"})
+		w.state("server0", relay.State{Transport: relay.TLS, RTT: ms})
+		if got := w.device[2]; got != "tls" {
+			t.Fatalf("link %q without an address of UDP", got)
+		}
+	})
+}
+
+// Others than root learn the names of members, but not where the server is.
+func TestServersHostIsForRoot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newLinksWorld(t)
+		defer w.end()
+		bob := linkPeer{key: punch.Key{1}, online: true}
+		w.server()
+		w.members(standalone("a1"), bob)
+		for full, want := range map[bool]string{true: "server0", false: "server"} {
+			list := w.links.status(full)
+			if len(list) != 2 || list[0].Name != want || list[1].Name != "a1" {
+				t.Errorf("root %v: %+v", full, list)
+			}
+			if name, _ := w.links.relayed(handle(bob.key, 1), full); name != want {
+				t.Errorf("root %v: path over %q", full, name)
+			}
+			if name, _ := w.links.relayed(handle(bob.key, 2), full); name != "a1" {
+				t.Errorf("root %v: path over %q", full, name)
+			}
+		}
+	})
+}
+
 // Relays tell of peers that left, too.
 func TestPeersThatLeftAreForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -722,8 +772,8 @@ func TestMovesOfLinksAreLogged(t *testing.T) {
 		if len(list) != 1 || list[0].Name != "server0" || list[0].Transport != "" || list[0].RTTms != nil || list[0].Trouble == "" {
 			t.Errorf("status %+v", list)
 		}
-		if w.links.status(false)[0].Trouble != "" {
-			t.Error("others than root see addresses")
+		if others := w.links.status(false)[0]; others.Trouble != "" || others.Name != "server" {
+			t.Errorf("others than root see %+v", others)
 		}
 	})
 }

@@ -56,20 +56,14 @@ func (s *spread) setLinks(open []*relayLink) {
 	now := map[uint16]relay.State{}
 	for _, k := range open {
 		s.links.mu.Lock()
-		st := relay.State{Transport: k.state.Transport}
-		if st.Transport == relay.UDP {
-			st.Addr = k.state.Addr
-		}
+		st := relay.State{Transport: k.state.Transport, Addr: k.overUDP()}
 		s.links.mu.Unlock()
 		now[k.id] = st
 		if st == s.carries[k.id] {
 			continue
 		}
-		var to tun.Link
-		switch st.Transport {
-		case relay.UDP:
-			to.Addr = st.Addr
-		case relay.TLS:
+		to := tun.Link{Addr: st.Addr}
+		if st.Transport == relay.TLS {
 			to.Send = k.client.Offer
 		}
 		dev.SetLink(k.id, to)
@@ -80,6 +74,20 @@ func (s *spread) setLinks(open []*relayLink) {
 		}
 	}
 	s.carries = now
+}
+
+// overUDP is where flow frames of a link come from over UDP: also while it goes
+// over TLS, because some come that were sent before. mu is held.
+func (k *relayLink) overUDP() netip.AddrPort {
+	switch {
+	case k.state.Transport == relay.UDP:
+		return k.state.Addr
+	case k.state.Transport == relay.None:
+		return netip.AddrPort{}
+	case !k.stun.IsValid() && len(k.info.addrs) > 0:
+		return k.info.addrs[0]
+	}
+	return k.stun
 }
 
 func (s *spread) setWays(open []*relayLink) {

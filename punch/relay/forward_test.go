@@ -189,6 +189,9 @@ func TestForward(t *testing.T) {
 			b.expect(there)
 			b.send(back)
 			a.expect(back)
+			for deadline := time.Now().Add(answerTime); w.s.Stats().Datagrams < 2 && time.Now().Before(deadline); {
+				time.Sleep(time.Millisecond) // it counts after it has sent
+			}
 			if st := w.s.Stats(); st.Datagrams != 2 || st.Bytes != uint64(len(there)+len(back)) || st.Drops != (Drops{}) {
 				t.Errorf("%+v", st)
 			}

@@ -96,7 +96,9 @@ func chooseRelays(all []candidate) []punch.Key {
 	pick(func(c candidate) bool { return c.up && !c.online })
 	pick(func(c candidate) bool { return c.home })
 	pick(func(c candidate) bool { return c.class() == 2 })
-	pick(func(c candidate) bool { return c.class() == 3 && (near < nearestRelays || c.linked && up < nearestRelays) })
+	pick(func(c candidate) bool {
+		return c.class() == 3 && (near < nearestRelays || c.linked && up < nearestRelays)
+	})
 	return use
 }
 

@@ -9,10 +9,16 @@ import (
 
 	"golang.org/x/net/icmp"
 	"golang.org/x/net/ipv4"
+
+	"overlay/punch"
 )
 
 // pingWait is how long one echo is waited for.
 const pingWait = 2 * time.Second
+
+// answerWait is how long, at least, the path has to answer that a reply is said
+// to have come by.
+const answerWait = 300 * time.Millisecond
 
 // ping sends one ICMP echo to the peer's overlay address, through the tunnel as
 // any program's packets, and tells by which path it went.
@@ -31,10 +37,30 @@ func (s *session) ping(ctx context.Context, name string, full bool) (PingReply, 
 	if reply.OK = err == nil; reply.OK {
 		reply.RTTms = milliseconds(rtt)
 	}
+	path := s.answering(ctx, punch.Key(m.cert.WireGuard))
 	s.mu.Lock()
-	reply.Path = s.pathStatus(m, full)
+	reply.Path = s.describe(m, path, full)
 	s.mu.Unlock()
 	return reply, nil
+}
+
+// answering is the path to a peer that answers now. The endpoint alone does not
+// tell: beside a direct path that is in doubt copies go through a relay, and the
+// reply may have come there.
+func (s *session) answering(ctx context.Context, k punch.Key) punch.Path {
+	path, ok := s.endpoints.path(k)
+	if !ok || path.Type == punch.Relayed {
+		return path
+	}
+	ctx, cancel := context.WithTimeout(ctx, max(answerWait, 3*path.RTT))
+	defer cancel()
+	if now, err := s.agent.Ping(ctx, k); err == nil {
+		return now
+	}
+	if path, _ = s.endpoints.path(k); path.Type != punch.Relayed && path.Also.IsValid() {
+		path = punch.Path{Peer: k, Addr: path.Also, Type: punch.Relayed}
+	}
+	return path
 }
 
 // echo sends one ICMP echo request (RFC 792) and waits for its reply.

@@ -15,6 +15,7 @@ const lookFor = 3 * time.Second
 type hurdles struct {
 	peer    string // its name
 	online  bool
+	reached bool  // there is a path, by a relay
 	reach   reach // of this node to relays
 	attempt punch.Attempt
 	now     time.Time
@@ -24,7 +25,7 @@ type hurdles struct {
 func (h hurdles) reason() string {
 	looking := h.attempt.Calls == 0 || h.now.Sub(h.attempt.Since) < lookFor
 	switch {
-	case !h.online && h.attempt.Calls == 0:
+	case !h.online && !h.reached:
 		return h.peer + " is not connected"
 	case h.reach.noUDP() && !h.attempt.Mapped:
 		return "this network passes no UDP"
@@ -32,6 +33,10 @@ func (h hurdles) reason() string {
 		return "nothing answers: no relay, and no server over UDP"
 	case looking:
 		return "still looking for a direct path"
+	case h.reach.none():
+		return "no relay is reached, and no direct path answers"
+	case h.reach.noUDP():
+		return "no relay answers over UDP: this network may pass none now"
 	case !h.attempt.Public:
 		return fmt.Sprintf("%s's network passes no UDP", h.peer)
 	case !h.attempt.Answered:

@@ -24,7 +24,8 @@ func TestReasons(t *testing.T) {
 		{hurdles{online: true, reach: udp, attempt: tried}, "no answer on any direct path"},
 		{hurdles{online: true, reach: tls, attempt: with(func(a *punch.Attempt) { a.Mapped = false })}, "this network passes no UDP"},
 		{hurdles{online: true, reach: tls, attempt: punch.Attempt{}}, "this network passes no UDP"}, // known at once
-		{hurdles{online: true, reach: tls, attempt: tried}, "no answer on any direct path"},         // UDP passes, but not to the relay
+		{hurdles{online: true, reach: tls, attempt: tried}, "no relay answers over UDP"},            // it passed once
+		{hurdles{online: true, reach: none, attempt: tried}, "no relay is reached"},
 		{hurdles{online: true, reach: udp, attempt: with(func(a *punch.Attempt) { a.Public = false })}, "bob's network passes no UDP"},
 		{hurdles{online: true, reach: udp, attempt: with(func(a *punch.Attempt) { a.Since = now; a.Public = false })}, "still looking"},
 		{hurdles{online: true, reach: udp}, "still looking"},
@@ -33,7 +34,8 @@ func TestReasons(t *testing.T) {
 		{hurdles{online: true, reach: none}, "still looking"},
 		{hurdles{reach: none}, "bob is not connected"},
 		{hurdles{reach: udp}, "bob is not connected"},
-		{hurdles{reach: udp, attempt: tried}, "no answer on any direct path"}, // demanded, with the server down
+		{hurdles{reach: udp, attempt: tried}, "bob is not connected"},                        // it was demanded
+		{hurdles{reach: udp, reached: true, attempt: tried}, "no answer on any direct path"}, // only the server lost it
 	} {
 		x.h.peer, x.h.now = "bob", now
 		if got := x.h.reason(); !strings.Contains(got, x.want) {

@@ -71,27 +71,32 @@ func (s *session) peerStatus(m *member, st tun.Stats, full bool) PeerStatus {
 
 // pathStatus is how a peer is reached; mu is held.
 func (s *session) pathStatus(m *member, full bool) PathStatus {
-	k := punch.Key(m.cert.WireGuard)
-	path, ok := s.endpoints.path(k)
+	path, _ := s.endpoints.path(punch.Key(m.cert.WireGuard))
+	return s.describe(m, path, full)
+}
+
+// describe puts a path to a peer into words, the zero one too; mu is held.
+func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 	var st PathStatus
 	switch {
-	case ok && path.Type != punch.Relayed:
+	case !path.Addr.IsValid():
+		st.Kind = "none"
+	case path.Type != punch.Relayed:
 		st = PathStatus{Kind: "direct", Via: via(path.Type)}
 		if full {
 			st.Endpoint = path.Addr.String()
 		}
 		return st
-	case ok:
+	default:
 		name, over := s.links.relayed(path.Addr, full)
 		st = PathStatus{Kind: "relay", Relay: name}
 		if over != relay.None {
 			st.Via = "relay-" + over.String()
 		}
-	default:
-		st.Kind = "none"
 	}
 	st.Reason = hurdles{
-		peer: m.cert.Name, online: m.node.Online, reach: s.links.reach(), attempt: s.agent.Attempt(k), now: time.Now(),
+		peer: m.cert.Name, online: m.node.Online, reached: st.Via != "", reach: s.links.reach(),
+		attempt: s.agent.Attempt(punch.Key(m.cert.WireGuard)), now: time.Now(),
 	}.reason()
 	return st
 }

@@ -64,7 +64,7 @@ func TestJoinAsRelay(t *testing.T) {
 		t.Fatal(err)
 	}
 	cert := r.member.Cert
-	wantCode(t, r.join(t, tagged, "relay-1"), coord.CodeBadRequest) // it cannot be a node as well
+	wantCode(t, r.join(t, tagged, "relay-1"), coord.CodeBadRequest)     // it cannot be a node as well
 	wantCode(t, newNode(t).join(t, tagged, "carl"), coord.CodeNotRelay) // it admits nothing else
 	list, err := o.dial(t, o.server).Nodes(t.Context())
 	if err != nil {

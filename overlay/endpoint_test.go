@@ -39,16 +39,35 @@ func (f *fakeEndpoints) take() []string {
 	return done
 }
 
-func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to netip.AddrPort, _ netip.Addr) error {
-	f.note("endpoint %s", to)
+// become changes how the device answers from now on.
+func (f *fakeEndpoints) become(err error, gone bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.err, f.gone = err, gone
+}
+
+func (f *fakeEndpoints) fails() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	return f.err
 }
-func (f *fakeEndpoints) ClearEndpoint(tun.Key) error             { f.note("clear"); return f.err }
+
+func (f *fakeEndpoints) member(punch.Key) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return !f.gone
+}
+
+func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to netip.AddrPort, _ netip.Addr) error {
+	f.note("endpoint %s", to)
+	return f.fails()
+}
+func (f *fakeEndpoints) ClearEndpoint(tun.Key) error             { f.note("clear"); return f.fails() }
 func (f *fakeEndpoints) SetCopy(_ tun.Key, to netip.AddrPort)    { f.note("copy %s", to) }
 func (f *fakeEndpoints) SetRoundTrip(_ tun.Key, d time.Duration) {}
 func (f *fakeEndpoints) StartHandshake(tun.Key)                  { f.note("handshake") }
 func startEndpoints(t *testing.T, f *fakeEndpoints, log *slog.Logger) (e *endpoints, end func()) {
-	e = newEndpoints(f, func(netip.AddrPort) string { return "relay berlin (udp)" }, func(punch.Key) bool { return !f.gone }, log)
+	e = newEndpoints(f, func(netip.AddrPort) string { return "relay berlin (udp)" }, f.member, log)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- e.run(ctx) }()
@@ -152,17 +171,17 @@ func TestRefusedEndpointIsWrittenAgain(t *testing.T) {
 		}
 		e.set(punch.Path{Addr: relayed, Type: punch.Relayed})
 		did("copy invalid AddrPort", "endpoint "+relayed.String())
-		f.err = nil
+		f.become(nil, false)
 		time.Sleep(firstRewrite)
 		did("endpoint "+relayed.String(), "handshake")
 		time.Sleep(time.Minute)
 		if slices.Contains(f.take(), "endpoint "+relayed.String()) {
 			t.Fatal("written again although it was")
 		}
-		f.err = errors.New("no")
+		f.become(errors.New("no"), false)
 		e.set(punch.Path{})
 		did("clear")
-		f.gone = true
+		f.become(errors.New("no"), true)
 		time.Sleep(time.Minute)
 		did()
 	})

@@ -131,7 +131,7 @@ func TestSignalsThroughRelays(t *testing.T) {
 		w.members(nil, linkPeer{key: bobKey, online: true})
 		w.server()
 		w.up("server0", 10*ms)
-		w.links.onPeer(w.fakes["server0"].link, bobKey, true)
+		w.links.onPeer(w.fake("server0").link, bobKey, true)
 		synctest.Wait()
 		call := append([]byte{relay.SignalByte}, calls[0]...)
 		s.receive(call, netip.MustParseAddrPort("198.51.100.9:5"), netip.Addr{}) // not out of a flow
@@ -146,7 +146,7 @@ func TestSignalsThroughRelays(t *testing.T) {
 			t.Fatalf("answered by %v", w.sent)
 		}
 		s.receive([]byte{relay.ControlByte, 3}, relayAddr("server0"), netip.Addr{})
-		if got := w.fakes["server0"].received; len(got) != 1 {
+		if got := w.fake("server0").received; len(got) != 1 {
 			t.Fatalf("control datagrams %q", got)
 		}
 	})

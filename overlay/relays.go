@@ -486,7 +486,7 @@ func (l *links) start(ctx context.Context, g *errgroup.Group, k *relayLink) {
 	l.mu.Unlock()
 	g.Go(func() error {
 		if err := client.Run(ctx); err != nil && ctx.Err() == nil {
-			l.cfg.log.Warn("relay link ended", "relay", k.info.name, "err", err)
+			l.cfg.log.Warn("relay link ended", "relay", l.infoOf(k).name, "err", err)
 		}
 		return nil
 	})

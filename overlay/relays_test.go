@@ -22,7 +22,7 @@ func TestRelayFirst(t *testing.T) {
 		w.members(nil, linkPeer{key: bob, online: true})
 		w.server()
 		w.wantRelays(bob)
-		if got := w.fakes["server0"].flows(); !slices.Equal(got, []punch.Key{bob}) {
+		if got := w.fake("server0").flows(); !slices.Equal(got, []punch.Key{bob}) {
 			t.Fatalf("flows to %v wanted, not to bob", got)
 		}
 		w.up("server0", 10*ms)
@@ -30,7 +30,7 @@ func TestRelayFirst(t *testing.T) {
 		if w.device[1] != relayAddr("server0").String() {
 			t.Fatalf("link 1 of the device: %q", w.device[1])
 		}
-		w.links.onPeer(w.fakes["server0"].link, bob, true)
+		w.links.onPeer(w.fake("server0").link, bob, true)
 		synctest.Wait()
 		w.wantRelays(bob, punch.Relay{Addr: handle(bob, 1), Here: true})
 		if !slices.Equal(w.arrived, []punch.Key{bob}) {
@@ -80,7 +80,7 @@ func TestAnotherRelayTakesOver(t *testing.T) {
 		w.members(standalone("berlin1", "paris2"), bob)
 		w.up("berlin1", 5*ms)
 		w.up("paris2", 9*ms)
-		ids := map[string]uint16{"berlin1": w.fakes["berlin1"].link.id, "paris2": w.fakes["paris2"].link.id}
+		ids := map[string]uint16{"berlin1": w.fake("berlin1").link.id, "paris2": w.fake("paris2").link.id}
 		both := []punch.Relay{{Addr: handle(bob.key, ids["berlin1"]), RTT: 25 * ms}, {Addr: handle(bob.key, ids["paris2"]), RTT: 29 * ms}}
 		slices.SortFunc(both, func(a, b punch.Relay) int { return int(a.Addr.Port()) - int(b.Addr.Port()) })
 		w.wantRelays(bob.key, both...)
@@ -94,7 +94,7 @@ func TestAnotherRelayTakesOver(t *testing.T) {
 		}
 		time.Sleep(2 * giveUpRelay)
 		synctest.Wait()
-		if w.fakes["berlin1"].ended {
+		if w.fake("berlin1").over() {
 			t.Fatal("a silent relay is given up although there are too few")
 		}
 		w.up("berlin1", 5*ms)
@@ -116,14 +116,14 @@ func TestPeerIsLookedForElsewhere(t *testing.T) {
 		w.members(standalone("berlin1", "paris2"), peers...)
 		w.up("berlin1", 5*ms)
 		w.up("paris2", 9*ms)
-		if f := w.fakes["paris2"]; len(f.flows()) > 0 || len(w.relays[bob.key]) != 1 {
+		if f := w.fake("paris2"); len(f.flows()) > 0 || len(w.relays[bob.key]) != 1 {
 			t.Fatalf("looked for at %v too", f.flows())
 		}
 		w.state("berlin1", relay.State{})
-		if f := w.fakes["paris2"]; !slices.Equal(f.flows(), []punch.Key{bob.key}) {
+		if f := w.fake("paris2"); !slices.Equal(f.flows(), []punch.Key{bob.key}) {
 			t.Fatalf("paris2 is asked for %v", f.flows())
 		}
-		w.wantRelays(bob.key, punch.Relay{Addr: handle(bob.key, w.fakes["paris2"].link.id)})
+		w.wantRelays(bob.key, punch.Relay{Addr: handle(bob.key, w.fake("paris2").link.id)})
 	})
 }
 
@@ -136,7 +136,7 @@ func TestFewPeersAreLookedForEverywhere(t *testing.T) {
 		w.members(standalone("berlin1", "paris2"), bob)
 		w.up("berlin1", 5*ms)
 		w.up("paris2", 9*ms)
-		f := w.fakes["paris2"]
+		f := w.fake("paris2")
 		if !slices.Equal(f.flows(), []punch.Key{bob.key}) || len(w.relays[bob.key]) != 1 {
 			t.Fatalf("looked for %v, relays %v", f.flows(), w.relays[bob.key])
 		}
@@ -155,17 +155,17 @@ func TestLinkNumbersAndBoots(t *testing.T) {
 		w := newLinksWorld(t)
 		defer w.end()
 		w.members(standalone("a1", "b2"))
-		first := w.fakes["a1"]
+		first := w.fake("a1")
 		w.members(standalone("b2"))
-		if !first.ended {
+		if !first.over() {
 			t.Fatal("the link to a relay that is gone goes on")
 		}
 		w.members(standalone("a1", "b2", "c3"))
-		again := w.fakes["a1"]
+		again := w.fake("a1")
 		if again == first || again.link.id != first.link.id || again.boot <= first.boot {
 			t.Fatalf("link %d boot %d after link %d boot %d", again.link.id, again.boot, first.link.id, first.boot)
 		}
-		ids := []uint16{w.fakes["a1"].link.id, w.fakes["b2"].link.id, w.fakes["c3"].link.id}
+		ids := []uint16{w.fake("a1").link.id, w.fake("b2").link.id, w.fake("c3").link.id}
 		slices.Sort(ids)
 		if !slices.Equal(ids, []uint16{1, 2, 3}) {
 			t.Fatalf("numbers %v", ids)
@@ -181,7 +181,7 @@ func TestFlowsOfDemandedPeers(t *testing.T) {
 		bob, carol := punch.Key{1}, punch.Key{2}
 		w.server()
 		w.members(nil, linkPeer{key: bob, online: true}, linkPeer{key: carol})
-		flows := func() []punch.Key { synctest.Wait(); return w.fakes["server0"].flows() }
+		flows := func() []punch.Key { synctest.Wait(); return w.fake("server0").flows() }
 		if got := flows(); !slices.Equal(got, []punch.Key{bob}) {
 			t.Fatalf("flows to %v", got)
 		}
@@ -217,26 +217,26 @@ func TestHomeOfAPeer(t *testing.T) {
 			w.up(n, 5*ms)
 		}
 		w.up("far9", 99*ms)
-		if !w.fakes["far9"].ended {
+		if !w.fake("far9").over() {
 			t.Fatal("four links to standalone relays")
 		}
 		w.members(all, bob)
-		if f := w.fakes["far9"]; f.ended || !slices.Equal(f.flows(), []punch.Key{bob.key}) {
-			t.Fatalf("far9: ended %v, peers %v", f.ended, f.flows())
+		if f := w.fake("far9"); f.over() || !slices.Equal(f.flows(), []punch.Key{bob.key}) {
+			t.Fatalf("far9: ended %v, peers %v", f.over(), f.flows())
 		}
 		w.up("far9", 99*ms)
 		bob.relays = tripsOf("far9", "a1")
 		w.members(all, bob)
-		if w.fakes["far9"].ended {
+		if w.fake("far9").over() {
 			t.Fatal("left the home of a peer")
 		}
 		bob.online = false
 		w.members(all, bob)
-		if w.fakes["far9"].ended {
+		if w.fake("far9").over() {
 			t.Fatal("left the home of a peer that may only have lost the server")
 		}
 		time.Sleep(demandFor + linkTick)
-		if !w.fakes["far9"].ended {
+		if !w.fake("far9").over() {
 			t.Fatal("stays at the home of a peer that is gone")
 		}
 	})
@@ -264,7 +264,7 @@ func TestServerThatForgotEverybodyEndsNoLink(t *testing.T) {
 		time.Sleep(demandFor + linkTick)
 		synctest.Wait()
 		for _, n := range []string{"a1", "b2", "c3", "far9"} {
-			if w.fakes[n].ended {
+			if w.fake(n).over() {
 				t.Errorf("the link to %s ended", n)
 			}
 		}
@@ -273,7 +273,7 @@ func TestServerThatForgotEverybodyEndsNoLink(t *testing.T) {
 		}
 		w.wantRelays(bob.key, before...)
 		w.members(nil, bob) // withdrawn
-		if !w.fakes["a1"].ended || !w.fakes["far9"].ended {
+		if !w.fake("a1").over() || !w.fake("far9").over() {
 			t.Error("links to relays that were withdrawn go on")
 		}
 	})
@@ -335,13 +335,13 @@ func TestPeersThatLeftAreForgotten(t *testing.T) {
 		bob := linkPeer{key: punch.Key{1}, online: true}
 		w.server()
 		w.members(nil, bob)
-		w.links.onPeer(w.fakes["server0"].link, bob.key, true)
+		w.links.onPeer(w.fake("server0").link, bob.key, true)
 		w.links.demand(bob.key, time.Now())
 		w.members(nil)
-		w.links.onPeer(w.fakes["server0"].link, bob.key, true) // was on its way
+		w.links.onPeer(w.fake("server0").link, bob.key, true) // was on its way
 		w.links.mu.Lock()
 		defer w.links.mu.Unlock()
-		if k := w.fakes["server0"].link; len(k.here) > 0 || len(w.links.demands) > 0 {
+		if k := w.fake("server0").link; len(k.here) > 0 || len(w.links.demands) > 0 {
 			t.Fatalf("here %v, demands %v", k.here, w.links.demands)
 		}
 	})
@@ -360,12 +360,12 @@ func TestRelayWithoutAClient(t *testing.T) {
 			synctest.Wait()
 		}
 		w.note(func() { w.broken = "" })
-		if f := w.fakes["b2"]; f == nil || f.link.id != 2 {
+		if f := w.fake("b2"); f == nil || f.link.id != 2 {
 			t.Fatal("no link to the other relay")
 		}
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		if w.fakes["a1"] == nil {
+		if w.fake("a1") == nil {
 			t.Error("never tried again")
 		}
 		w.end()

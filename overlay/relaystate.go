@@ -25,9 +25,10 @@ func (l *links) onState(k *relayLink, st relay.State) {
 		l.trips[k.info.key] = st.RTT
 	}
 	moved := l.judge(k, now)
+	name := k.info.name
 	l.mu.Unlock()
 	if st.Transport != old.Transport {
-		l.logState(k, old, st)
+		l.logState(name, old, st)
 	}
 	if moved != "" {
 		l.cfg.log.Info("home relay", "relay", moved)
@@ -36,15 +37,15 @@ func (l *links) onState(k *relayLink, st relay.State) {
 	l.cfg.changed()
 }
 
-func (l *links) logState(k *relayLink, old, st relay.State) {
+func (l *links) logState(name string, old, st relay.State) {
 	if st.Transport == relay.None {
-		l.cfg.log.Info("relay lost", "relay", k.info.name, "was", old.Transport)
-		l.cfg.log.Debug("relay lost", "relay", k.info.name, "err", st.Err)
+		l.cfg.log.Info("relay lost", "relay", name, "was", old.Transport)
+		l.cfg.log.Debug("relay lost", "relay", name, "err", st.Err)
 		return
 	}
-	l.cfg.log.Info("relay", "relay", k.info.name, "over", st.Transport, "rtt", st.RTT)
+	l.cfg.log.Info("relay", "relay", name, "over", st.Transport, "rtt", st.RTT)
 	if st.Err != nil {
-		l.cfg.log.Debug("relay not over udp", "relay", k.info.name, "err", st.Err)
+		l.cfg.log.Debug("relay not over udp", "relay", name, "err", st.Err)
 	}
 }
 

@@ -83,11 +83,11 @@ func TestSignalsTakeTheNearestRelayWithThePeer(t *testing.T) {
 			ok   bool
 		}{{"", "a1", false}, {"b2", "b2", true}, {"a1", "a1", true}} {
 			if step.here != "" {
-				w.links.onPeer(w.fakes[step.here].link, bob.key, true)
+				w.links.onPeer(w.fake(step.here).link, bob.key, true)
 			}
 			w.sent = nil
 			err := w.links.signal(bob.key, []byte{7})
-			want := []string{"b007 to " + handle(bob.key, w.fakes[step.to].link.id).String()}
+			want := []string{"b007 to " + handle(bob.key, w.fake(step.to).link.id).String()}
 			if (err == nil) != step.ok || !slices.Equal(w.sent, want) {
 				t.Fatalf("at %q: %v, sent %v, want %v", step.here, err, w.sent, want)
 			}
@@ -113,7 +113,7 @@ func TestRelaysTellTheOwnAddress(t *testing.T) {
 		w.members(standalone("a1"))
 		w.up("server0", 5*ms) // the server's own STUN has tokens
 		w.up("a1", 5*ms)
-		want := punch.Server{Addr: relayAddr("a1"), Username: []byte{byte(w.fakes["a1"].link.id)}, Key: []byte("key")}
+		want := punch.Server{Addr: relayAddr("a1"), Username: []byte{byte(w.fake("a1").link.id)}, Key: []byte("key")}
 		if len(w.servers) != 1 || w.servers[0].Addr != want.Addr || !bytes.Equal(w.servers[0].Username, want.Username) || !bytes.Equal(w.servers[0].Key, want.Key) {
 			t.Fatalf("servers %+v", w.servers)
 		}
@@ -139,7 +139,7 @@ func TestControlGoesToRelaysOnly(t *testing.T) {
 		w.members(nil, linkPeer{key: punch.Key{1}, online: true})
 		w.links.doubt(handle(punch.Key{1}, 1))
 		w.links.doubt(handle(punch.Key{1}, 2))
-		if f := w.fakes["server0"]; !slices.Equal(f.received, []string{"pong"}) || f.changed != 1 || f.doubts != 1 {
+		if f := w.fake("server0"); !slices.Equal(f.received, []string{"pong"}) || f.changed != 1 || f.doubts != 1 {
 			t.Fatalf("received %q, changed %d, doubts %d", f.received, f.changed, f.doubts)
 		}
 	})
@@ -154,7 +154,7 @@ func TestOnlyWhereARelayAnsweredIsForbidden(t *testing.T) {
 		w.server()
 		w.members(standalone("a1"))
 		w.links.receive([]byte("pong"), relayAddr("a1"))
-		if got := w.fakes["a1"].received; !slices.Equal(got, []string{"pong"}) {
+		if got := w.fake("a1").received; !slices.Equal(got, []string{"pong"}) {
 			t.Fatalf("received %q from an address that is tried", got)
 		}
 		is := func(name string, want bool) {

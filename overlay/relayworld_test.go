@@ -46,6 +46,12 @@ func (f *fakeRelay) note(do func()) {
 	do()
 }
 
+// over says that the link was ended.
+func (f *fakeRelay) over() (ended bool) {
+	f.note(func() { ended = f.ended })
+	return ended
+}
+
 // flows are the peers it is to open flows to.
 func (f *fakeRelay) flows() (list []punch.Key) {
 	f.note(func() { list = f.peers })
@@ -133,6 +139,12 @@ func (w *linksWorld) open(k *relayLink, boot uint64) (relayClient, error) {
 	return f, err
 }
 
+// fake is the client last made for a relay, nil when there is none.
+func (w *linksWorld) fake(name string) (f *fakeRelay) {
+	w.note(func() { f = w.fakes[name] })
+	return f
+}
+
 func (w *linksWorld) setRelays(k punch.Key, list []punch.Relay) {
 	w.note(func() { w.relays[k] = slices.Clone(list) })
 }
@@ -183,7 +195,7 @@ func (w *linksWorld) members(relays []relayInfo, peers ...linkPeer) {
 
 func (w *linksWorld) state(name string, st relay.State) {
 	w.t.Helper()
-	f := w.fakes[name]
+	f := w.fake(name)
 	if f == nil {
 		w.t.Fatalf("no link to %s", name)
 	}

@@ -59,9 +59,8 @@ func TestLongCredentials(t *testing.T) {
 // TestRefusalIsTold: over TLS alone as well, and no longer than it lasts.
 func TestRefusalIsTold(t *testing.T) {
 	refuse := func([]byte) (Identity, error) { return Identity{}, errors.New("a stranger") }
-	synced(t, func(w *world) {
+	syncedWith(t, func(w *world) { w.addrs = nil }, func(w *world) {
 		w.verify = refuse
-		w.client.SetAddrs(nil)
 		w.after(time.Second)
 		for range 20 {
 			w.client.NetworkChanged()
@@ -91,8 +90,11 @@ func TestRefusalIsTold(t *testing.T) {
 func TestRefusedDial(t *testing.T) {
 	failure := errors.New("there is no relay here")
 	dial := func(context.Context) (net.Conn, [16]byte, error) { return nil, [16]byte{}, failure }
-	reasoned(t, func(c *ClientConfig) { c.Dial = dial }, func(w *world) {
-		w.client.SetAddrs(nil)
+	prepare := func(w *world) {
+		w.addrs = nil
+		w.replaced(func(c *ClientConfig) { c.Dial = dial })
+	}
+	syncedWith(t, prepare, func(w *world) {
 		w.after(time.Minute)
 		if w.last.Transport != None || !errors.Is(w.last.Err, failure) {
 			t.Errorf("state %+v", w.last)

@@ -62,6 +62,7 @@ func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to netip.AddrPort, _ netip.Addr) 
 	f.note("endpoint %s", to)
 	return f.fails()
 }
+
 func (f *fakeEndpoints) ClearEndpoint(tun.Key) error             { f.note("clear"); return f.fails() }
 func (f *fakeEndpoints) SetCopy(_ tun.Key, to netip.AddrPort)    { f.note("copy %s", to) }
 func (f *fakeEndpoints) SetRoundTrip(_ tun.Key, d time.Duration) {}

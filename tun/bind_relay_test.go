@@ -345,6 +345,7 @@ func TestDeliverAndClose(t *testing.T) {
 			t.Fatal(err)
 		}
 		wg.Wait()
+		b.pumps.Wait()
 		b.deliver(1, run)
 		for len(b.got) > 0 {
 			<-b.got
@@ -360,6 +361,8 @@ func TestDeliverAndClose(t *testing.T) {
 // inboundFull leaves no credit for what arrives.
 func (b *bind) inboundFull(p *peer) error {
 	b.inbound.take(&p.in, creditLimit, creditBytes)
+	b.inbound.mu.Lock()
+	defer b.inbound.mu.Unlock()
 	if !b.inbound.full() {
 		return errors.New("there is room")
 	}

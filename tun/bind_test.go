@@ -43,7 +43,8 @@ type message struct {
 // opened is an open bind whose messages arrive on a channel.
 type opened struct {
 	*bind
-	got chan message
+	got   chan message
+	pumps sync.WaitGroup // over when closed
 }
 
 func openBind(t testing.TB, c Config, list ...Peer) *opened {
@@ -60,15 +61,14 @@ func (o *opened) start(t testing.TB, port uint16) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var wg sync.WaitGroup
 	for _, fn := range fns {
-		wg.Go(func() { o.pump(t, fn) })
+		o.pumps.Go(func() { o.pump(t, fn) })
 	}
 	t.Cleanup(func() {
 		if err := o.Close(); err != nil {
 			t.Error(err)
 		}
-		wg.Wait()
+		o.pumps.Wait()
 	})
 }
 

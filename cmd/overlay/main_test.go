@@ -68,7 +68,7 @@ func TestNode(t *testing.T) {
 		}
 		t.Skip("SKIP: the verbs of a node are only tested as root and with /dev/net/tun")
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestNode$", "-test.parallel=1", "-test.timeout=5m", "-test.v="+strconv.FormatBool(testing.Verbose()))
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestNode$", "-test.parallel=1", "-test.timeout=12m", "-test.v="+strconv.FormatBool(testing.Verbose()))
 	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWPID,

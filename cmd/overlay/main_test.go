@@ -68,7 +68,7 @@ func TestNode(t *testing.T) {
 		}
 		t.Skip("SKIP: the verbs of a node are only tested as root and with /dev/net/tun")
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestNode$", "-test.parallel=1", "-test.timeout=12m", "-test.v="+strconv.FormatBool(testing.Verbose()))
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestNode$", "-test.parallel=1", "-test.timeout=5m", "-test.v="+strconv.FormatBool(testing.Verbose()))
 	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWPID,
@@ -117,6 +117,7 @@ func scripts(dir string) testscript.Params {
 			e.Values[serversKey{}] = map[string]*exec.Cmd{}
 			e.Setenv("NO_COLOR", "1")
 			e.Setenv("TZ", "UTC")
+			e.Setenv("GORACE", "atexit_sleep_ms=0") // else each command takes a second to end
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){

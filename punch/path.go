@@ -10,6 +10,10 @@ const (
 	// how long sending without receiving goes unquestioned.
 	tick    = 100 * time.Millisecond
 	silence = 100 * time.Millisecond
+	// hush is how long after data ends the path is checked, once. A side that only
+	// answers has nothing to send when its router gets another address, and would
+	// not notice before the next consent check.
+	hush = time.Second
 	// activeFor is how long after the last traffic a peer counts as active.
 	activeFor = 10 * time.Second
 	// Demand: the shortest time between two that count, the pause after which
@@ -75,6 +79,7 @@ func (p *peer) observe(seen Activity, now time.Time) {
 	}
 	if seen.Received != old.Received {
 		p.receive(now)
+		p.arrived = now
 		proven := !p.uncertain
 		if p.selected != nil && p.selected.relayed() {
 			proven = !p.probe.strict
@@ -147,8 +152,12 @@ func (a *Agent) watch(p *peer, now time.Time) {
 	}
 	active := p.active(now)
 	silent := active && !p.sendingFrom.IsZero() && now.Sub(p.sendingFrom) >= silence
+	hushed := active && !p.arrived.IsZero() && now.Sub(p.arrived) >= hush
 	idle := !active && a.kept(p.selected) && now.Sub(p.sentAt) >= keepalive
-	if wanted || silent || idle {
+	if hushed {
+		p.arrived = time.Time{}
+	}
+	if wanted || silent || hushed || idle {
 		p.startProbe(now)
 	}
 	if active && now.Sub(p.consentAt) >= consentInterval {

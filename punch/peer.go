@@ -105,6 +105,7 @@ type peer struct {
 	activeUntil time.Time
 	demanded    time.Time
 	received    time.Time // last authenticated receipt
+	arrived     time.Time // last data; zero: the silence since was questioned
 	sentAt      time.Time // last packet on the selected path
 	sendingFrom time.Time // first packet after the last receipt; zero: none
 }

@@ -28,6 +28,11 @@ const (
 	whatDirect = "direct"
 )
 
+// drained is how long the Internet may still deliver what was sent to a laptop
+// that is down. A router that accepts input and has just forgotten everything
+// would give it the port that the laptop is about to need.
+const drained = 100 * time.Millisecond
+
 func kinds() []NAT { return []NAT{Public, Masquerade, FullCone, OpenInput} }
 
 func runs(short, full int) int {
@@ -104,6 +109,7 @@ func (r *race) restart(skew time.Duration) {
 	if err := both(r.a, r.b, func(n *member) error { return n.down(ctx) }); err != nil {
 		r.t.Fatal(err)
 	}
+	time.Sleep(drained)
 	if err := both(r.a, r.b, func(n *member) error { return n.home.Reboot(ctx) }); err != nil {
 		r.t.Fatal(err)
 	}
@@ -123,6 +129,7 @@ func (r *race) rejoin(m *mesh, run int) {
 	if _, err := r.b.run(ctx, "leave"); err != nil {
 		r.t.Fatal(err)
 	}
+	time.Sleep(drained)
 	if err := r.b.home.Reboot(ctx); err != nil {
 		r.t.Fatal(err)
 	}

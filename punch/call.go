@@ -18,11 +18,9 @@ const (
 	openerTTL    = 2
 	openerPause  = time.Second // no second opener within
 	// maxHold is how long checks wait for the far side's NAT to be opened;
-	// shortHold when the peer could not be told: it may be starting as well, and
-	// a check that comes before its first opener takes the port of a router that
-	// accepts input.
+	// shortHold when the peer could not be told.
 	maxHold   = time.Second
-	shortHold = 600 * time.Millisecond
+	shortHold = 200 * time.Millisecond
 	// recallAfter is how soon a call is not repeated for the peer's sake.
 	recallAfter = time.Second
 	// openFor is how long a NAT surely stays open after a packet.

@@ -92,12 +92,17 @@ func inLab(ctx context.Context, o *options, f func(*bench) error) (err error) {
 
 // compare is the comparison on a plain network.
 func compare(ctx context.Context, o *options) error {
+	return compareCases(ctx, o, layout{peers: 1}, (*bench).cases)
+}
+
+// compareCases measures the chosen ones of some cases, and tells.
+func compareCases(ctx context.Context, o *options, on layout, all func(*bench) []testCase) error {
 	return inLab(ctx, o, func(b *bench) error {
-		cases, err := b.choose(b.cases())
+		cases, err := b.choose(all(b))
 		if err != nil || len(cases) == 0 {
 			return err
 		}
-		if err := b.build(ctx, layout{peers: 1}); err != nil {
+		if err := b.build(ctx, on); err != nil {
 			return err
 		}
 		r, err := b.measure(ctx, cases)

@@ -46,23 +46,7 @@ func (b *bench) relayCases() []testCase {
 // compareRelay compares a direct path with one by the server over UDP and one
 // by it over TLS, between hosts with public addresses.
 func compareRelay(ctx context.Context, o *options) error {
-	return inLab(ctx, o, func(b *bench) error {
-		cases, err := b.choose(b.relayCases())
-		if err != nil || len(cases) == 0 {
-			return err
-		}
-		if err := b.build(ctx, layout{peers: 2}); err != nil {
-			return err
-		}
-		r, err := b.measure(ctx, cases)
-		if err != nil {
-			return err
-		}
-		if err := show(os.Stdout, o, false, r); err != nil {
-			return err
-		}
-		return save(r, o.json)
-	})
+	return compareCases(ctx, o, layout{peers: 2}, (*bench).relayCases)
 }
 
 // restrict leaves a tunnel the way it is to measure, and no other.

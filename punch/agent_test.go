@@ -103,6 +103,70 @@ func TestHold(t *testing.T) {
 
 // TestCallOfStranger has a caller who does not know our address: its call proves
 // nothing, it is called back, and full TTL waits until it has opened.
+// Who does not know its own address yet cannot know that the peer has opened its
+// NAT for it, whatever the peer says.
+func TestHeldUntilTheOwnAddressIsKnown(t *testing.T) {
+	inWorld(t, func(w *world) {
+		b := w.gathered(2, "203.0.113.2:4002")
+		a := w.join(1, "203.0.113.1:4001")
+		a.SetLocal([]netip.Prefix{netip.MustParsePrefix("192.168.1.2/24")}, 4001)
+		past := a.info()
+		past.Candidates[0].Addr = netip.MustParseAddrPort("203.0.113.1:9999")
+		b.SetPeer(past)
+		a.SetPeer(b.info())
+		rest(5 * oneWay)
+		w.wantOpeners(a, b)
+		a.SetServers([]Server{{Addr: stunAddr(), Username: []byte{1}, Key: []byte("secret")}})
+		rest(8 * oneWay)
+		a.wantPath(b, b.outer)
+		b.wantPath(a, a.outer)
+	})
+}
+
+// A NAT that shows servers two addresses of ours may show the peer either.
+func TestHeldUntilAllOwnAddressesAreCovered(t *testing.T) {
+	inWorld(t, func(w *world) {
+		b := w.gathered(2, "203.0.113.2:4002")
+		a := w.join(1, "203.0.113.1:4001")
+		var servers []Server
+		for _, addr := range []netip.AddrPort{stunAddr(), nextPort(stunAddr())} {
+			servers = append(servers, Server{Addr: addr, Username: []byte{1}, Key: []byte("secret")})
+		}
+		a.SetServers(servers)
+		rest(100 * time.Millisecond)
+		w.setCarry(func(from, _ *node) error {
+			if from == a {
+				return errLost
+			}
+			return nil
+		})
+		meet(a, b)
+		rest(5 * oneWay)
+		w.wantOpeners(a, b)
+		w.setCarry(nil)
+		a.NetworkChanged()
+		rest(10 * oneWay)
+		if len(w.between(b.outer, nextPort(a.outer), time.Time{})) == 0 {
+			t.Error("b has not opened for the second address")
+		}
+		a.wantPath(b, b.outer)
+	})
+}
+
+// wantOpeners wants that all a sent to b died on the way.
+func (w *world) wantOpeners(a, b *node) {
+	w.t.Helper()
+	sent := w.between(a.outer, b.outer, time.Time{})
+	if len(sent) == 0 {
+		w.t.Error("nothing was sent")
+	}
+	for _, x := range sent {
+		if x.ttl == 0 {
+			w.t.Errorf("full TTL at %v", x.at)
+		}
+	}
+}
+
 func TestCallOfStranger(t *testing.T) {
 	inWorld(t, func(w *world) {
 		a, b := w.gathered(1, outerA), w.gathered(2, outerB)

@@ -63,20 +63,38 @@ func (a *Agent) release(p *peer, now time.Time) {
 }
 
 // covered reports whether the peer's NAT is open towards our address of now, so
-// that it hears us at full TTL.
+// that it hears us at full TTL; where servers see us at several addresses, towards
+// all of them, because any may be the one that the peer will see. Behind a NAT we
+// have to know them: as long as there is no server to tell, the peer can only have
+// opened for an address of the past.
 func (a *Agent) covered(p *peer, kind int, now time.Time) bool {
-	known := false
+	if now.Sub(p.openAt) >= openFor {
+		return false
+	}
+	asked, seen, pending := false, false, false
 	for _, s := range a.servers {
-		if family(s.Addr) != kind || !s.fresh && !s.asking() {
+		if family(s.Addr) != kind {
 			continue
 		}
-		known = true
-		open := slices.Contains(p.openTo, s.mapped) && now.Sub(p.openAt) < openFor
-		if open && s.fresh && !s.asking() {
-			return true
+		asked = true
+		switch {
+		case s.asking() && s.asked <= promptRequests:
+			return false
+		case s.fresh && !slices.Contains(p.openTo, s.mapped):
+			return false
 		}
+		seen, pending = seen || s.fresh, pending || s.asking()
 	}
-	return !known && now.Sub(p.openAt) < openFor
+	return seen || !pending && (asked || !a.translated(kind))
+}
+
+// translated reports whether our addresses of a family are such as only a NAT
+// leads out of.
+func (a *Agent) translated(kind int) bool {
+	hosts := slices.DeleteFunc(slices.Clone(a.own), func(c Candidate) bool {
+		return c.Type != Host || family(c.Addr) != kind
+	})
+	return len(hosts) > 0 && !slices.ContainsFunc(hosts, func(c Candidate) bool { return !private(c.Addr.Addr()) })
 }
 
 // call begins a round: openers towards public pairs, checks on near ones, and

@@ -17,6 +17,9 @@ const (
 	// Requests are repeated after 100, 200, 400, 800 and 1600 ms.
 	gatherGap      = 100 * time.Millisecond
 	gatherRequests = 6
+	// promptRequests is after how many of them an answer is not waited for any more
+	// where the other servers' are enough.
+	promptRequests = 2
 	// Mappings are refreshed after 20 to 26 s while there is traffic, else after
 	// 60 to 75 s; a call refreshes those older than staleAfter.
 	activeRefresh = 20 * time.Second

@@ -65,8 +65,13 @@ var (
 	errLost      = errors.New("lost on the way") // which the sender does not learn
 )
 
-// stunAddr is the server; it answers with the sender's outer address.
+// stunAddr is the server; it answers with the sender's outer address. To requests
+// to its next port it answers as if a NAT had given them the next port, too.
 func stunAddr() netip.AddrPort { return netip.MustParseAddrPort("198.51.100.1:3478") }
+
+func nextPort(addr netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(addr.Addr(), addr.Port()+1)
+}
 
 func inWorld(t *testing.T, f func(*world)) {
 	synctest.Test(t, func(t *testing.T) {
@@ -172,7 +177,7 @@ func (n *node) send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error
 }
 
 func (w *world) arrive(from *node, x wire) {
-	if x.to == stunAddr() {
+	if x.to.Addr() == stunAddr().Addr() {
 		reply := serverAnswer(w.t, x)
 		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to, x.from.Addr()) })
 		return
@@ -210,8 +215,12 @@ func serverAnswer(t *testing.T, x wire) []byte {
 	if err := stun.MessageIntegrity("secret").Check(m); err != nil {
 		t.Errorf("request: %v", err)
 	}
+	mapped := x.from
+	if x.to == nextPort(stunAddr()) {
+		mapped = nextPort(mapped)
+	}
 	reply, err := stun.Build(m, stun.BindingSuccess,
-		&stun.XORMappedAddress{IP: x.from.Addr().AsSlice(), Port: int(x.from.Port())},
+		&stun.XORMappedAddress{IP: mapped.Addr().AsSlice(), Port: int(mapped.Port())},
 		stun.RawAttribute{Type: AttrToken, Value: []byte(x.from.String())},
 		stun.MessageIntegrity("secret"))
 	if err != nil {

@@ -192,7 +192,7 @@ func (h *relayHost) answer(b []byte, from netip.AddrPort) []byte {
 		if len(user) == 0 {
 			return nil, nil, false
 		}
-		key, ok = h.server.Session(user)
+		key, _, ok = h.server.Session(user)
 		return key, nil, ok
 	})
 }

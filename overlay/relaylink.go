@@ -125,7 +125,19 @@ func (s *session) relayServers(list []punch.Server) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.relaySTUN = list
-	s.agent.SetServers(slices.Concat(s.serverSTUN, list))
+	s.agent.SetServers(stunServers(s.serverSTUN, list))
+}
+
+// stunServers joins both lists. The server's relay has the addresses of its STUN,
+// which knows us by the connection as soon as there is one.
+func stunServers(server, relays []punch.Server) []punch.Server {
+	all := slices.Clone(server)
+	for _, r := range relays {
+		if !slices.ContainsFunc(server, func(s punch.Server) bool { return s.Addr == r.Addr }) {
+			all = append(all, r)
+		}
+	}
+	return all
 }
 
 // relays lists the standalone relays of the mesh.

@@ -219,15 +219,16 @@ func (l *links) wantedAt(k *relayLink, now time.Time) []punch.Key {
 	return list
 }
 
-// setServers offers the standalone relays as STUN servers, at the address where
-// they answered last, so that the own addresses are learnt with the server down.
+// setServers offers the relays as STUN servers, at the address where they answered
+// last, so that the own addresses are learnt with the server down, and before it
+// is reached.
 func (s *spread) setServers(open []*relayLink) {
 	var list []punch.Server
 	for _, k := range open {
 		s.links.mu.Lock()
-		at, own := k.stun, k.info.own
+		at := k.stun
 		s.links.mu.Unlock()
-		if !own && at.IsValid() {
+		if at.IsValid() {
 			user, key := k.client.STUN()
 			list = append(list, punch.Server{Addr: at, Username: user, Key: key})
 		}

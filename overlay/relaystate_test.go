@@ -111,21 +111,39 @@ func TestRelaysTellTheOwnAddress(t *testing.T) {
 		defer w.end()
 		w.server()
 		w.members(standalone("a1"))
-		w.up("server0", 5*ms) // the server's own STUN has tokens
+		w.up("server0", 5*ms)
 		w.up("a1", 5*ms)
-		want := punch.Server{Addr: relayAddr("a1"), Username: []byte{byte(w.fake("a1").link.id)}, Key: []byte("key")}
-		if len(w.servers) != 1 || w.servers[0].Addr != want.Addr || !bytes.Equal(w.servers[0].Username, want.Username) || !bytes.Equal(w.servers[0].Key, want.Key) {
+		if len(w.servers) != 2 {
 			t.Fatalf("servers %+v", w.servers)
 		}
+		for i, name := range []string{"server0", "a1"} {
+			id := byte(w.fake(name).link.id)
+			if s := w.servers[i]; s.Addr != relayAddr(name) || !bytes.Equal(s.Username, []byte{id}) || string(s.Key) != "key" {
+				t.Fatalf("server %+v is not %s", s, name)
+			}
+		}
 		w.state("a1", relay.State{Transport: relay.TLS, RTT: ms})
-		if len(w.servers) != 1 {
+		if len(w.servers) != 2 {
 			t.Fatal("asked anew because UDP is gone")
 		}
 		w.members(nil)
-		if len(w.servers) != 0 {
-			t.Fatalf("servers %+v of no relay", w.servers)
+		if len(w.servers) != 1 || w.servers[0].Addr != relayAddr("server0") {
+			t.Fatalf("servers %+v without a1", w.servers)
 		}
 	})
+}
+
+// The server's relay answers STUN until there is a connection to the server.
+func TestServerTakesThePlaceOfItsRelay(t *testing.T) {
+	server, far := relayAddr("server0"), relayAddr("a1")
+	relays := []punch.Server{{Addr: server, Username: []byte{1}}, {Addr: far, Username: []byte{2}}}
+	if got := stunServers(nil, relays); len(got) != 2 || got[0].Addr != server || got[1].Addr != far {
+		t.Errorf("without the server %+v", got)
+	}
+	got := stunServers([]punch.Server{{Addr: server, Username: []byte("stream")}}, relays)
+	if len(got) != 2 || string(got[0].Username) != "stream" || got[1].Addr != far {
+		t.Errorf("with the server %+v", got)
+	}
 }
 
 func TestControlGoesToRelaysOnly(t *testing.T) {

@@ -309,7 +309,7 @@ func (s *session) welcome(w *coord.Welcome, conn *coord.Conn, key []byte) {
 	s.over4 = conn.RemoteAddr().Addr().Is4()
 	s.outside = netip.AddrPort{} // the first answer to this session is no reason to leave it
 	s.serverSTUN = list
-	s.agent.SetServers(slices.Concat(list, s.relaySTUN))
+	s.agent.SetServers(stunServers(list, s.relaySTUN))
 	s.mu.Unlock()
 	s.serverRelay(w, conn)
 	s.connection(nil)

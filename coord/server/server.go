@@ -175,6 +175,7 @@ func (s *Server) assemble(c Config) error {
 	if err != nil {
 		return err
 	}
+	stun.relayed = s.relay.Session
 	if err := s.hub.load(context.Background()); err != nil {
 		return err
 	}

@@ -19,8 +19,14 @@ func stunWorld() (*stunServer, sessionID, []byte) {
 	clock := time.Now() // stands still, so that no limit refills
 	now := func() time.Time { return clock }
 	open := &streams{sessions: map[sessionID]*stream{id: {device: trust.Key{7}, key: key}}}
-	return &stunServer{open: open, tokens: newTokens(now), limit: newBuckets(stunPerSource, stunBurst, now)}, id, key
+	relayed := func(user []byte) ([]byte, [32]byte, bool) {
+		return key, trust.Key{7}, bytes.Equal(user, relayUser())
+	}
+	return &stunServer{open: open, relayed: relayed, tokens: newTokens(now), limit: newBuckets(stunPerSource, stunBurst, now)}, id, key
 }
+
+// relayUser names a session at the relay.
+func relayUser() []byte { return []byte("at-relay") }
 
 func binding(t testing.TB, setters ...stun.Setter) []byte {
 	t.Helper()
@@ -47,20 +53,23 @@ func TestSTUNAnswers(t *testing.T) {
 		request       []byte
 		answer, token bool
 	}{
-		"plain":                {binding(t), true, false},
-		"session":              {binding(t, user, padding(), mac), true, true},
-		"session, too short":   {binding(t, user, mac), false, false},
-		"session, no MAC":      {binding(t, user, padding()), false, false},
-		"session, wrong MAC":   {binding(t, user, padding(), stun.MessageIntegrity("x")), false, false},
-		"unknown session":      {binding(t, stun.NewUsername("0123456789abcdef"), padding(), mac), false, false},
-		"short session":        {binding(t, stun.NewUsername("x"), padding(), mac), false, false},
-		"a response":           {must(stun.Build(stun.TransactionID, stun.BindingSuccess)).Raw, false, false},
-		"too long":             {binding(t, stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, maxBinding)}), false, false},
-		"cut short":            {binding(t, padding())[:40], false, false},
-		"not STUN":             {[]byte("hello, is anybody there? hello"), false, false},
-		"nothing":              {nil, false, false},
-		"allocate (RFC 8656)":  {must(stun.Build(stun.TransactionID, stun.NewType(stun.MethodAllocate, stun.ClassRequest))).Raw, false, false},
-		"changed after signed": {flip(binding(t, user, padding(), mac), 60), false, false},
+		"plain":                  {binding(t), true, false},
+		"session":                {binding(t, user, padding(), mac), true, true},
+		"session of the relay":   {binding(t, stun.NewUsername(string(relayUser())), padding(), mac), true, true},
+		"its session, wrong MAC": {binding(t, stun.NewUsername(string(relayUser())), padding(), stun.MessageIntegrity("x")), false, false},
+		"another one's":          {binding(t, stun.NewUsername("at-other"), padding(), mac), false, false},
+		"session, too short":     {binding(t, user, mac), false, false},
+		"session, no MAC":        {binding(t, user, padding()), false, false},
+		"session, wrong MAC":     {binding(t, user, padding(), stun.MessageIntegrity("x")), false, false},
+		"unknown session":        {binding(t, stun.NewUsername("0123456789abcdef"), padding(), mac), false, false},
+		"short session":          {binding(t, stun.NewUsername("x"), padding(), mac), false, false},
+		"a response":             {must(stun.Build(stun.TransactionID, stun.BindingSuccess)).Raw, false, false},
+		"too long":               {binding(t, stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, maxBinding)}), false, false},
+		"cut short":              {binding(t, padding())[:40], false, false},
+		"not STUN":               {[]byte("hello, is anybody there? hello"), false, false},
+		"nothing":                {nil, false, false},
+		"allocate (RFC 8656)":    {must(stun.Build(stun.TransactionID, stun.NewType(stun.MethodAllocate, stun.ClassRequest))).Raw, false, false},
+		"changed after signed":   {flip(binding(t, user, padding(), mac), 60), false, false},
 	} {
 		for _, from := range []netip.AddrPort{addr("203.0.113.7:4444"), addr("[2001:db8::7]:4444"), addr("[::ffff:203.0.113.7]:4444")} {
 			got := s.answer(c.request, from)

@@ -160,6 +160,11 @@ func (s *Server) control(n *node, msg []byte, t *transport) (reply []byte) {
 		if o, ok := parseOpen(msg); ok {
 			return s.open(n, msg, &o, t)
 		}
+	case kindBye:
+		if e, ok := parseBye(msg); ok {
+			s.bye(n, msg, &e, t)
+			return nil
+		}
 	}
 	s.count.malformed.Add(1)
 	return nil

@@ -33,11 +33,11 @@ func TestAdmission(t *testing.T) {
 	if st := w.s.Stats(); st.Nodes != 1 || st.Streams != 0 {
 		t.Errorf("%+v", st)
 	}
-	key, ok := w.s.Session(m.session.id[:])
-	if !ok || [32]byte(key) != m.session.mac {
+	key, device, ok := w.s.Session(m.session.id[:])
+	if !ok || [32]byte(key) != m.session.mac || device != m.public() {
 		t.Error("the session is not known")
 	}
-	if _, ok = w.s.Session([]byte("too short")); ok {
+	if _, _, ok = w.s.Session([]byte("too short")); ok {
 		t.Error("any session is known")
 	}
 }

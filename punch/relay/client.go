@@ -157,6 +157,7 @@ func (c *Client) loop(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	defer c.stop()
+	defer c.goodbye()
 	for {
 		select {
 		case <-ctx.Done():

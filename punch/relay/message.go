@@ -21,6 +21,7 @@ const (
 	kindRefused
 	kindOpen
 	kindOpened
+	kindBye
 )
 
 const (

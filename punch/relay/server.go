@@ -138,17 +138,19 @@ func (s *Server) Run(ctx context.Context) error {
 }
 
 // Session gives the MAC key of the node with a session, so that a Binding
-// request (RFC 8489 section 9.1) can name it. ok is false when no such node is
-// here.
-func (s *Server) Session(user []byte) (key []byte, ok bool) {
+// request (RFC 8489 section 9.1) can name it, and whose node that is. ok is false
+// when no such node is here.
+func (s *Server) Session(user []byte) (key []byte, device [32]byte, ok bool) {
 	if len(user) != len(sessionID{}) {
-		return nil, false
+		return nil, device, false
 	}
-	n := s.bySession(sessionID(user))
-	if n == nil {
-		return nil, false
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	n := s.sessions[sessionID(user)]
+	if n == nil || n.gone {
+		return nil, device, false
 	}
-	return slices.Clone(n.session.mac[:]), true
+	return slices.Clone(n.session.mac[:]), n.device, true
 }
 
 // Stats is what a server holds and did since it was made.

@@ -25,7 +25,7 @@ func TestNodesExpire(t *testing.T) {
 	if st := w.s.Stats(); st.Nodes != 1 || st.Flows != 0 {
 		t.Errorf("after the life of one node: %+v", st)
 	}
-	if _, ok := w.s.Session(b.session.id[:]); ok {
+	if _, _, ok := w.s.Session(b.session.id[:]); ok {
 		t.Error("a session outlives its node")
 	}
 	if got := w.mustOpen(a, atA, b); got != 0 {

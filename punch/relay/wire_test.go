@@ -102,6 +102,10 @@ func TestMessagesRoundTrip(t *testing.T) {
 	if got, ok := parseOpened(d.build(&s)); !ok || got != d {
 		t.Errorf("opened %+v, %v", got, ok)
 	}
+	e := bye{s.id, seq}
+	if got, ok := parseBye(e.build(&s)); !ok || got != e {
+		t.Errorf("bye %+v, %v", got, ok)
+	}
 	if !s.sealed(d.build(&s)) || s.sealed(c.build()) {
 		t.Error("the MAC is not where it belongs")
 	}
@@ -242,6 +246,14 @@ func FuzzOpened(f *testing.F) {
 	fuzzMessage(f, (&opened{count: 2}).build(&session{}), macSize, func(s *session, b []byte) ([]byte, bool) {
 		o, ok := parseOpened(b)
 		return o.build(s), ok
+	})
+}
+
+func FuzzBye(f *testing.F) {
+	s := testSession(f)
+	fuzzMessage(f, (&bye{s.id, newSequence(1, 2)}).build(&s), macSize, func(s *session, b []byte) ([]byte, bool) {
+		e, ok := parseBye(b)
+		return e.build(s), ok
 	})
 }
 

@@ -44,6 +44,7 @@ type session struct {
 	agent   *punch.Agent
 	control *control
 	links   *links
+	lan     *lan
 	// credentials admit this device to relays.
 	credentials []byte
 	dev         atomic.Pointer[tun.Device]
@@ -90,6 +91,7 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 	if err := s.newControl(m); err != nil {
 		return nil, err
 	}
+	s.lan = s.newLAN()
 	s.links = s.newLinks() // before the device, which may receive at once
 	if err := s.openDevice(cfg); err != nil {
 		return nil, err
@@ -260,6 +262,7 @@ func (s *session) run(ctx context.Context) error {
 	g.Go(func() error { return dev.Run(ctx) })
 	g.Go(func() error { return s.agent.Run(ctx) })
 	g.Go(func() error { return s.links.run(ctx) })
+	g.Go(func() error { return s.lan.run(ctx) })
 	g.Go(func() error {
 		s.loadCache() // waits for dev.Run; before the server says anything newer
 		return s.control.run(ctx)
@@ -290,6 +293,7 @@ func (s *session) linkChanged() error {
 	s.agent.SetLocal(addrs, s.dev.Load().Port())
 	s.links.networkChanged()
 	s.control.networkChanged()
+	s.lan.networkChanged()
 	return nil
 }
 

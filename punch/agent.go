@@ -2,6 +2,7 @@ package punch
 
 import (
 	"context"
+	"crypto/cipher"
 	"crypto/ecdh"
 	"errors"
 	"fmt"
@@ -40,6 +41,9 @@ type Agent struct {
 	tellAt  time.Time   // zero: nothing to tell
 
 	refreshes refresher
+
+	announcer cipher.AEAD
+	announced bucket // announcements opened
 
 	activeUntil time.Time     // some peer has traffic
 	moved       chan struct{} // closed and replaced at every change of a path
@@ -93,6 +97,9 @@ func New(c Config) (*Agent, error) {
 		sent:    map[transactionID]transaction{},
 		limits:  buckets[netip.Addr]{},
 		moved:   make(chan struct{}),
+	}
+	if a.announcer, err = announcer(c.Mesh); err != nil {
+		return nil, fmt.Errorf("new agent: %w", err)
 	}
 	if a.boot == 0 {
 		a.boot = uint64(time.Now().UnixNano())
@@ -318,6 +325,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 	}
 	a.startGather(now)
 	for _, p := range a.peers {
+		a.setCandidates(p, nil, announced)
 		for _, q := range p.pairs {
 			a.forget(q)
 			q.suspect = true

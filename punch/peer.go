@@ -16,6 +16,7 @@ const (
 	signalled                    // the peer, in a signal
 	learnt                       // an authenticated check came from there
 	relay                        // SetRelays; such a pair has no other source
+	announced                    // the peer, or who says so, by multicast in our LAN
 )
 
 // maxOutstanding is how many checks on one pair may wait for their answers.
@@ -202,7 +203,7 @@ func (a *Agent) addPair(p *peer, addr netip.AddrPort) *pair {
 	if count >= MaxCandidates {
 		worst := -1
 		for i, q := range p.pairs {
-			named := q.source&(published|signalled|relay) != 0
+			named := q.source&(published|signalled|relay|announced) != 0
 			if q == p.selected || q == p.copying.to || named || q.valid && !q.suspect {
 				continue
 			}

@@ -94,3 +94,34 @@ func TestStatusOfTheProgram(t *testing.T) {
 		t.Errorf("overlay ip b says %q, not %q", got, want)
 	}
 }
+
+// TestMeetInLANWithoutServer kills the server and carries both laptops into a LAN
+// where neither has been: they find each other there by themselves.
+func TestMeetInLANWithoutServer(t *testing.T) {
+	m, a, b := pair(t, Masquerade, Masquerade)
+	mustDirect(t, a, b)
+	if err := m.coord.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	var all figures
+	for run := range runs(1, 10) {
+		cafe := mustHome(t, m.Lab, fmt.Sprintf("cafe%d", run), Masquerade)
+		for _, n := range []*member{a, b} {
+			if err := n.MoveTo(t.Context(), cafe); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ping := startPing(t, a.Host, b.addr, fastPing)
+		reply, err := ping.firstReply(directWait)
+		ping.stop(t)
+		if err != nil {
+			t.Fatalf("run %d: %v", run, err)
+		}
+		all.add("another LAN, no server", whatReply, reply)
+		if got := endpointOf(t, a, b); got.Addr() != b.Addr() {
+			t.Errorf("run %d: endpoint of b is %s, not at its LAN address %s", run, got, b.Addr())
+		}
+	}
+	all.report(t)
+	all.of(whatReply).atMost(t, time.Second, replyWorst)
+}

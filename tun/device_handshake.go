@@ -158,6 +158,9 @@ func (d *Device) StartHandshake(k Key) {
 	if p == nil || shared == nil {
 		return
 	}
+	if d.answering(shared, yieldTime) {
+		return
+	}
 	var sent time.Time
 	if last := shared.lastSent.Load(); last != 0 {
 		sent = time.Now().Add(time.Duration(last - d.bind.now()))
@@ -175,6 +178,14 @@ func (d *Device) StartHandshake(k Key) {
 	}
 }
 
+// answering tells whether a handshake of the peer was answered within a time. As
+// long as the peer has not confirmed that, no session tells of it, and expiring the
+// keys would make it void.
+func (d *Device) answering(p *peer, within time.Duration) bool {
+	at := p.answered.Load()
+	return at != 0 && d.bind.now()-at < int64(within)
+}
+
 // RestartSession begins a new session with a peer that says, authenticated, that
 // it has lost the one there is. It does nothing when a handshake began, was
 // answered or was completed in the last second. Unknown peers are ignored. It
@@ -188,12 +199,7 @@ func (d *Device) restart(k Key) {
 	if p == nil || shared == nil {
 		return
 	}
-	// While the peer has not confirmed our answer no session tells of it, and
-	// expiring the keys would make it void.
-	if at := shared.answered.Load(); at != 0 && d.bind.now()-at < int64(restartInterval) {
-		return
-	}
-	if !d.starts.restart(k, d.sessions) {
+	if d.answering(shared, restartInterval) || !d.starts.restart(k, d.sessions) {
 		return
 	}
 	p.ExpireCurrentKeypairs() // also forgets when the last initiation left

@@ -41,6 +41,7 @@ type Agent struct {
 	tellAt  time.Time   // zero: nothing to tell
 
 	refreshes refresher
+	hard      hard
 
 	announcer cipher.AEAD
 	announced bucket // announcements opened
@@ -169,8 +170,9 @@ func (a *Agent) turn(now time.Time) time.Time {
 			a.queue.set(p, later(next, now.Add(minStep)))
 		}
 	}
+	a.hardTurn(now)
 	a.tell(now)
-	next := earliest(a.gatherNext(now), a.tellAt, a.queue.first())
+	next := earliest(a.gatherNext(now), a.hardTurnNext(), a.tellAt, a.queue.first())
 	sends, effects := a.take(), a.effects
 	a.effects = nil
 	a.mu.Unlock()
@@ -324,6 +326,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 		s.fresh = false
 	}
 	a.startGather(now)
+	a.leaveHard(now)
 	for _, p := range a.peers {
 		a.setCandidates(p, nil, announced)
 		for _, q := range p.pairs {

@@ -107,7 +107,9 @@ func keepsTCP(t *testing.T, f *flood, a, b *member) float64 {
 	var most, got iperfResult
 	f.beside(t, f.aside, hostileProbe, func(d time.Duration) { most = iperf(t, a.Host, b.addr, d) })
 	half := most.End.SumReceived.BitsPerSecond / 2
-	f.attack(t, func(d time.Duration) { got = iperf(t, a.Host, b.addr, d-time.Second, "-O", "1", "-b", fmt.Sprintf("%.0f", half)) })
+	f.attack(t, func(d time.Duration) {
+		got = iperf(t, a.Host, b.addr, d-time.Second, "-O", "1", "-b", fmt.Sprintf("%.0f", half))
+	})
 	kept := got.End.SumReceived.BitsPerSecond / half
 	t.Logf("TCP at %.2f Gbit/s, half of its maximum: %.2f %% arrived", half/gigabit, 100*kept)
 	return kept

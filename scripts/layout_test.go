@@ -54,7 +54,7 @@ func rooms() map[string]room {
 		"punch/nattest": {ours: []string{"punch"}, foreign: []string{stun}, barred: []string{"net", "os/exec"}, quiet: true},
 		"tun": {
 			ours:    []string{"tun/filter"},
-			foreign: []string{wg, "github.com/vishvananda/netlink", x + "sync", x + "sys", x + "time"},
+			foreign: []string{wg, "github.com/vishvananda/netlink", x + "net", x + "sync", x + "sys", x + "time"},
 		},
 		"tun/filter":  {barred: []string{"net", "os", "os/exec", "syscall"}, quiet: true},
 		"coord":       {ours: []string{"punch", "coord/trust"}, foreign: []string{x + "sync", x + "sys"}},

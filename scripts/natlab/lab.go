@@ -64,6 +64,7 @@ type Lab struct {
 	dir   string
 	lock  *os.File
 	core  *node
+	line  *delayLine // of the core; nil: none
 	group errgroup.Group
 	stop  context.CancelFunc
 	spawn func(func(context.Context) error) // until Close
@@ -170,7 +171,8 @@ func (l *Lab) start(ctx context.Context) error {
 }
 
 func (l *Lab) startDelay(ctx context.Context) error {
-	if err := l.runLine(l.core, newDelayLine(l.opts.Delay, l.opts.Loss)); err != nil {
+	l.line = newDelayLine(l.opts.Delay, l.opts.Loss)
+	if err := l.runLine(l.core, l.line); err != nil {
 		return err
 	}
 	return l.core.sh(ctx, lineSetup(delayDevice, delayTable))

@@ -57,7 +57,7 @@ const (
 	// 10 s when both sides have sent.
 	ShortTimeouts NAT = "short-timeouts"
 	// SmallMTU is Masquerade on a line that carries 1280 bytes, and nobody
-	// says so.
+	// says so; but it makes TCP keep to that, as routers of such lines do.
 	SmallMTU NAT = "mtu-1280"
 	// Lossy is Masquerade that loses a fifth of all packets each way.
 	Lossy NAT = "lossy"
@@ -145,6 +145,9 @@ chain line { type filter hook forward priority -10; numgen random mod 100 < 20 d
 	policedLine = `
 chain line { type filter hook forward priority -10; limit rate over 100 kbytes/second burst 10 kbytes drop; }`
 
+	smallTCP = `
+chain clamp { type filter hook forward priority -10; tcp flags & (syn | rst) == syn tcp option maxseg size set 1240; }`
+
 	silentAboutMTU = `
 chain silent { type filter hook output priority 0; icmp type destination-unreachable drop; }`
 )
@@ -198,7 +201,7 @@ func (n NAT) rules() (string, error) {
 		Block:          {postBlock(1024), dropInput, dropForward},
 		Block2048:      {postBlock(2048), dropInput, dropForward},
 		ShortTimeouts:  {postMasquerade, dropInput, dropForward},
-		SmallMTU:       {postMasquerade, dropInput, dropForward + silentAboutMTU},
+		SmallMTU:       {postMasquerade, dropInput, dropForward + smallTCP + silentAboutMTU},
 		Lossy:          {postMasquerade, dropInput, dropForward + lossyLine},
 		Policed:        {postMasquerade, dropInput, dropForward + policedLine},
 		AddressMapped:  {userPost, dropInput, userForward},

@@ -25,6 +25,7 @@ const (
 	// pairDrained is how long the Internet may still deliver what was sent to a
 	// laptop that is down.
 	pairDrained = 150 * time.Millisecond
+	lossSeed    = 5
 	churnPace   = 200 * time.Millisecond
 	pingPace    = "0.05"
 )
@@ -49,7 +50,7 @@ type pairEnd struct {
 // Build makes a lab for the cell. Of the options it takes the folder, the program
 // and the log.
 func (c Cell) Build(ctx context.Context, opts Options) (*Pair, error) {
-	opts.Delay, opts.Loss = c.Delay, c.Loss
+	opts.Delay, opts.Loss = c.Delay, 0
 	opts.IPv6 = c.One.IPv6 != "" || c.Two.IPv6 != ""
 	lab, err := New(ctx, opts)
 	if err != nil {
@@ -100,6 +101,8 @@ func (p *Pair) build(ctx context.Context) error {
 			return err
 		}
 	}
+	// Joining is not what is measured.
+	p.lab.line.set(Line{Delay: p.lab.opts.Delay, Loss: p.cell.Loss, Seed: lossSeed})
 	return p.addStrangers(ctx, homes)
 }
 

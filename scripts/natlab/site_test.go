@@ -189,25 +189,37 @@ func end6(t *testing.T, h *Host) *probeEnd {
 	return e
 }
 
-// TestIsolated keeps two laptops of one LAN apart.
+// TestIsolated keeps two laptops of one LAN apart: only by their mappings they
+// reach each other, where the router lets them.
 func TestIsolated(t *testing.T) {
 	lab := newLab(t, Options{Delay: 2 * time.Millisecond})
-	home := mustHome(t, lab, "home", Masquerade)
-	a, b := mustLaptop(t, home, "a"), mustLaptop(t, home, "b")
-	reaches := func(h *Host, to netip.Addr) bool {
-		return h.Command(t.Context(), "ping", "-c", "1", "-W", "1", to.String()).Run() == nil
-	}
-	if !reaches(a, b.Addr()) {
-		t.Error("they do not reach each other to begin with")
-	}
-	if err := home.Isolate(t.Context(), a, b); err != nil {
-		t.Fatal(err)
-	}
-	if reaches(a, b.Addr()) || reaches(b, a.Addr()) {
-		t.Error("they reach each other all the same")
-	}
-	if got := newProbeEnd(t, a).mapped.Addr(); got != home.WAN() {
-		t.Errorf("the world sees %s", got)
+	for _, c := range []struct {
+		nat    NAT
+		passes bool
+	}{{Masquerade, false}, {Hairpin, true}} {
+		t.Run(string(c.nat), func(t *testing.T) {
+			home := mustHome(t, lab, "home-"+string(c.nat), c.nat)
+			a, b := mustLaptop(t, home, "a-"+string(c.nat)), mustLaptop(t, home, "b-"+string(c.nat))
+			reaches := func(h *Host, to netip.Addr) bool {
+				return h.Command(t.Context(), "ping", "-c", "1", "-W", "1", to.String()).Run() == nil
+			}
+			if !reaches(a, b.Addr()) {
+				t.Error("they do not reach each other to begin with")
+			}
+			if err := home.Isolate(t.Context(), a, b); err != nil {
+				t.Fatal(err)
+			}
+			if reaches(a, b.Addr()) || reaches(b, a.Addr()) {
+				t.Error("they reach each other all the same")
+			}
+			one, two := newProbeEnd(t, a), newProbeEnd(t, b)
+			if got := one.mapped.Addr(); got != home.WAN() {
+				t.Errorf("the world sees %s", got)
+			}
+			if got, _ := punched(t, one, two); got != c.passes {
+				t.Errorf("by their mappings they reach each other: %v", got)
+			}
+		})
 	}
 }
 

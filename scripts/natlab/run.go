@@ -1,6 +1,7 @@
 package natlab
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -17,17 +18,23 @@ import (
 type Run struct {
 	// Connected says that packets passed, Direct that both nodes said they do so
 	// without a relay, and After when the later of them did, from the first packet
-	// on; zero when they were before that. Via is how.
+	// on; zero when they were before that. Via is how. Reply is when the first
+	// packet was answered, by whichever way.
 	Connected bool          `json:"connected"`
 	Direct    bool          `json:"direct"`
 	After     time.Duration `json:"afterNs"`
 	Via       string        `json:"via"`
+	Reply     time.Duration `json:"replyNs"`
 	// Spent is how many packets both nodes sent to find a path, until then or the
 	// end; Entries the most flows that a router had in its table at once, all
 	// those to the server included.
 	Spent   int `json:"packetsSpent"`
 	Entries int `json:"conntrackEntries"`
 }
+
+// replyGrace is how long a reply may take once both nodes are direct, or the run
+// is over: a lost handshake of WireGuard is sent again after 5 s.
+const replyGrace = 6 * time.Second
 
 // skews is over how many runs the skew goes from nothing to its most.
 const skews = 6
@@ -56,26 +63,45 @@ func (p *Pair) measure(ctx context.Context, number int, r *Run) error {
 		return err
 	}
 	from, to := p.ends[number%2], p.ends[1-number%2]
-	ping := from.Command(ctx, "ping", "-q", "-i", pingPace, to.addr.String())
-	var text strings.Builder
-	ping.Stdout = &text
+	ping := from.Command(ctx, "ping", "-i", pingPace, to.addr.String())
+	replies := &mark{text: []byte("bytes from"), found: make(chan struct{})}
+	ping.Stdout = replies
 	if err := ping.Start(); err != nil {
 		return fmt.Errorf("start ping: %w", err)
 	}
-	if err := p.await(ctx, time.Now(), r); err != nil {
+	start := time.Now()
+	if err := p.await(ctx, start, r); err != nil {
 		return err
 	}
 	if err := p.spent(ctx, r); err != nil {
 		return err
 	}
-	// What is under way comes back; the exit status tells of losses only.
-	time.Sleep(2 * p.lab.opts.Delay)
+	select {
+	case <-replies.found:
+		r.Connected, r.Reply = true, replies.at.Sub(start)
+	case <-time.After(replyGrace):
+	}
 	if err := ping.Process.Signal(os.Interrupt); err != nil {
 		return fmt.Errorf("end ping: %w", err)
 	}
-	_ = ping.Wait()
-	r.Connected = received(text.String()) > 0
+	_ = ping.Wait() // its exit status tells of losses only
 	return nil
+}
+
+// mark is a writer that waits for a text within what is written to it at once.
+type mark struct {
+	text  []byte
+	found chan struct{}
+	at    time.Time // when found was closed
+}
+
+// Write closes found at the first hit.
+func (m *mark) Write(p []byte) (int, error) {
+	if m.at.IsZero() && bytes.Contains(p, m.text) {
+		m.at = time.Now()
+		close(m.found)
+	}
+	return len(p), nil
 }
 
 // limit is when to give up.
@@ -109,15 +135,6 @@ func (p *Pair) await(ctx context.Context, start time.Time, r *Run) error {
 		}
 		time.Sleep(pairPoll)
 	}
-}
-
-func received(summary string) int {
-	found := regexp.MustCompile(`(\d+) received`).FindStringSubmatch(summary)
-	if found == nil {
-		return 0
-	}
-	n, _ := strconv.Atoi(found[1])
-	return n
 }
 
 // The packets that look for a path are STUN (RFC 8489), told by its cookie, and

@@ -3,6 +3,7 @@ package natlab
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -103,21 +104,25 @@ func easyBar() Bar {
 
 func within(limit time.Duration, share float64) Bar { return Bar{Share: share, Worst: limit} }
 
+const (
+	cellSkew  = 500 * time.Millisecond
+	cellChurn = 15
+	cellLAN   = "192.168.1.0/24" // of both homes
+	cellHalf  = defaultDelay / 2 // for two carriers in a row
+)
+
 // Cells are the rows of the matrix: every pair of networks with its bar.
 func Cells() []Cell {
-	const (
-		skew  = 500 * time.Millisecond
-		churn = 15
-		lan   = "192.168.1.0/24"
-		half  = defaultDelay / 2
-	)
-	at := func(n NAT) Place { return Place{NAT: n} }
-	relay := Bar{Relay: true}
-	one := Cell{Group: "easy", Skew: skew, Bar: easyBar()}
+	return slices.Concat(easyCells(), hardCells(), carrierCells(), homeCells(), lineCells())
+}
+
+func at(n NAT) Place { return Place{NAT: n} }
+
+func relayBar() Bar { return Bar{Relay: true} }
+
+func easyCells() []Cell {
 	easy := func(a, b NAT, short bool) Cell {
-		c := one
-		c.One, c.Two, c.Short = at(a), at(b), short
-		return c
+		return Cell{Group: "easy", One: at(a), Two: at(b), Skew: cellSkew, Bar: easyBar(), Short: short}
 	}
 	return []Cell{
 		easy(Masquerade, Masquerade, true),
@@ -134,40 +139,49 @@ func Cells() []Cell {
 		easy(Reset, ShortTimeouts, false),
 		easy(Random, FullCone, true),
 		easy(Sequential, Public, false),
+	}
+}
 
-		{Group: "loss", One: at(Masquerade), Two: at(Masquerade), Loss: 0.2, Skew: skew, Bar: within(3*time.Second, 1)},
-		{Group: "loss", One: at(OpenInput), Two: at(OpenInput), Loss: 0.2, Skew: skew, Bar: within(3*time.Second, 1)},
-
-		{Group: "sequential", One: at(Sequential), Two: at(Masquerade), Churn: churn, Bar: within(5*time.Second, 0.95), Open: true},
-		{Group: "sequential", One: at(SequentialDown), Two: at(OtherPort), Churn: churn, Bar: within(5*time.Second, 0.95), Open: true},
-		{Group: "sequential", One: at(Sequential), Two: at(Sequential), Churn: churn, Bar: within(5*time.Second, 0.95), Open: true},
+func hardCells() []Cell {
+	return []Cell{
+		{Group: "sequential", One: at(Sequential), Two: at(Masquerade), Churn: cellChurn, Bar: within(5*time.Second, 0.95), Open: true},
+		{Group: "sequential", One: at(SequentialDown), Two: at(OtherPort), Churn: cellChurn, Bar: within(5*time.Second, 0.95), Open: true},
+		{Group: "sequential", One: at(Sequential), Two: at(Sequential), Churn: cellChurn, Bar: within(5*time.Second, 0.95), Open: true},
 		{Group: "random", One: at(Random), Two: at(Masquerade), Bar: within(12*time.Second, 0.95), Open: true},
 		{Group: "block", One: at(Block512), Two: at(Masquerade), Bar: within(4*time.Second, 0.99), Open: true},
 		{Group: "block", One: at(Block), Two: at(Masquerade), Bar: within(4*time.Second, 0.99), Open: true},
 		{Group: "block", One: at(Block2048), Two: at(OtherPort), Bar: within(4*time.Second, 0.99), Open: true},
 		{Group: "block-block", One: at(Block), Two: at(Block), Bar: within(30*time.Second, 0.2), Open: true},
-		{Group: "random-random", One: at(Random), Two: at(Random), Bar: relay, Short: true},
+		{Group: "random-random", One: at(Random), Two: at(Random), Bar: relayBar(), Short: true},
+	}
+}
 
+func carrierCells() []Cell {
+	return []Cell{
 		{
 			Group: "carrier", Together: SameCarrier, Bar: easyBar(), Short: true,
-			One: Place{NAT: Masquerade, Carrier: Hairpin, LAN: lan}, Two: Place{NAT: Masquerade, LAN: lan},
+			One: Place{NAT: Masquerade, Carrier: Hairpin, LAN: cellLAN}, Two: Place{NAT: Masquerade, LAN: cellLAN},
 		},
 		{
-			Group: "carrier", Together: SameCarrier, Bar: relay,
-			One: Place{NAT: Masquerade, Carrier: Masquerade, LAN: lan}, Two: Place{NAT: Masquerade, LAN: lan},
+			Group: "carrier", Together: SameCarrier, Bar: relayBar(),
+			One: Place{NAT: Masquerade, Carrier: Masquerade, LAN: cellLAN}, Two: Place{NAT: Masquerade, LAN: cellLAN},
 		},
 		{
-			Group: "carrier", Delay: half, Skew: skew, Bar: easyBar(), Short: true, Note: "overlapping LANs",
-			One: Place{NAT: Masquerade, Carrier: OtherPort, LAN: lan}, Two: Place{NAT: Masquerade, Carrier: Masquerade, LAN: lan},
+			Group: "carrier", Delay: cellHalf, Skew: cellSkew, Bar: easyBar(), Short: true, Note: "overlapping LANs",
+			One: Place{NAT: Masquerade, Carrier: OtherPort, LAN: cellLAN}, Two: Place{NAT: Masquerade, Carrier: Masquerade, LAN: cellLAN},
 		},
 		{
-			Group: "carrier", Delay: half, Bar: within(4*time.Second, 0.99), Open: true,
-			One: Place{NAT: Masquerade, Carrier: Block, LAN: lan}, Two: Place{NAT: Masquerade, LAN: lan},
+			Group: "carrier", Delay: cellHalf, Bar: within(4*time.Second, 0.99), Open: true,
+			One: Place{NAT: Masquerade, Carrier: Block, LAN: cellLAN}, Two: Place{NAT: Masquerade, LAN: cellLAN},
 		},
+	}
+}
 
+func homeCells() []Cell {
+	return []Cell{
 		{Group: "home", Together: SameLAN, One: at(Masquerade), Two: at(Masquerade), Bar: easyBar(), Short: true},
 		{Group: "home", Together: SameNAT, One: at(Hairpin), Two: at(Hairpin), Bar: easyBar(), Short: true},
-		{Group: "home", Together: SameNAT, One: at(Masquerade), Two: at(Masquerade), Bar: relay},
+		{Group: "home", Together: SameNAT, One: at(Masquerade), Two: at(Masquerade), Bar: relayBar()},
 
 		{
 			Group: "ipv6", Bar: within(500*time.Millisecond, 1), Short: true,
@@ -181,7 +195,13 @@ func Cells() []Cell {
 			Group: "ipv6", Bar: within(500*time.Millisecond, 1),
 			One: Place{NAT: Masquerade, IPv6: IPv6Broken}, Two: Place{NAT: Masquerade, IPv6: IPv6Firewall},
 		},
+	}
+}
 
+func lineCells() []Cell {
+	return []Cell{
+		{Group: "loss", One: at(Masquerade), Two: at(Masquerade), Loss: 0.2, Skew: cellSkew, Bar: within(3*time.Second, 1)},
+		{Group: "loss", One: at(OpenInput), Two: at(OpenInput), Loss: 0.2, Skew: cellSkew, Bar: within(3*time.Second, 1)},
 		{Group: "tcp", One: at(UDPBlocked), Two: at(UDPBlocked), Bar: within(5*time.Second, 0.9), Open: true},
 		{Group: "lines", One: at(SmallMTU), Two: at(Masquerade), Bar: easyBar()},
 		{Group: "lines", One: at(Lossy), Two: at(Masquerade), Bar: within(3*time.Second, 1)},

@@ -16,6 +16,7 @@ import (
 	"overlay/coord"
 	"overlay/coord/trust"
 	"overlay/punch"
+	"overlay/punch/portmap"
 	"overlay/tun"
 )
 
@@ -44,6 +45,7 @@ type session struct {
 	agent   *punch.Agent
 	control *control
 	links   *links
+	mapper  *portmap.Mapper // nil: switched off
 	// credentials admit this device to relays.
 	credentials []byte
 	dev         atomic.Pointer[tun.Device]
@@ -95,7 +97,7 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 		return nil, err
 	}
 	s.endpoints = newEndpoints(s.dev.Load(), s.links.describe, s.hasPeer, cfg.Log)
-	if err := s.linkChanged(); err != nil {
+	if err := errors.Join(s.newMapper(), s.linkChanged()); err != nil {
 		return nil, errors.Join(err, s.dev.Load().Close())
 	}
 	return s, nil
@@ -146,7 +148,7 @@ func (s *session) newControl(m *membership) error {
 			defer s.mu.Unlock()
 			return pinned(s.roster.mesh)(pin)
 		},
-		candidates: s.agent.Candidates,
+		candidates: func() []punch.Candidate { return publishable(s.agent.Candidates()) },
 		takes:      func() tun.Capabilities { return s.dev.Load().Capabilities() },
 		relays:     func() []trust.RelayTrip { return s.links.record() },
 		onWelcome:  s.welcome,
@@ -260,6 +262,9 @@ func (s *session) run(ctx context.Context) error {
 	g.Go(func() error { return dev.Run(ctx) })
 	g.Go(func() error { return s.agent.Run(ctx) })
 	g.Go(func() error { return s.links.run(ctx) })
+	if s.mapper != nil {
+		g.Go(func() error { return s.mapper.Run(ctx) })
+	}
 	g.Go(func() error {
 		s.loadCache() // waits for dev.Run; before the server says anything newer
 		return s.control.run(ctx)
@@ -290,6 +295,7 @@ func (s *session) linkChanged() error {
 	s.agent.SetLocal(addrs, s.dev.Load().Port())
 	s.links.networkChanged()
 	s.control.networkChanged()
+	s.lookAtRouters()
 	return nil
 }
 
@@ -396,6 +402,7 @@ func (s *session) candidates(list []punch.Candidate) {
 	}
 	s.mu.Unlock()
 	if moved {
+		s.checkMapping()
 		s.control.reconnect()
 	} else {
 		s.control.publish()

@@ -29,6 +29,8 @@ type Home struct {
 	port string
 	// proxy runs where the home has one.
 	proxy *Process
+	// mapper maps ports where the home has one.
+	mapper *Process
 
 	mu      sync.Mutex
 	wan     netip.Addr

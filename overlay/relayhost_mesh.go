@@ -182,7 +182,7 @@ func (h *relayHost) known(device trust.Key) bool {
 // answer takes what is neither flow nor control: the server's answers about our
 // own address, and the Binding requests of nodes, which authenticate themselves
 // by their session here. Everybody else gets no answer.
-func (h *relayHost) answer(b []byte, from netip.AddrPort) []byte {
+func (h *relayHost) answer(b []byte, from, _ netip.AddrPort) []byte {
 	const response = 0x01 // first byte of a STUN response, RFC 8489 section 5
 	if len(b) > 0 && b[0] == response {
 		h.agent.Receive(b, from, netip.Addr{})

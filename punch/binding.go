@@ -15,12 +15,21 @@ const maxBinding = 1280
 // that key, with the token if it is not nil, and never with more bytes than they
 // have themselves. Requests without a user name are answered plainly if session
 // allows it when called with nil; that answer is longer than its request, so
-// session has to limit the rate.
+// session has to limit the rate. So are requests of RFC 3489.
 func AnswerBinding(b []byte, from netip.AddrPort, session func(user []byte) (key, token []byte, ok bool)) []byte {
-	if len(b) > maxBinding || !stun.IsMessage(b) || !from.IsValid() || from.Port() == 0 {
+	if len(b) > maxBinding || !from.IsValid() || from.Port() == 0 {
 		return nil
 	}
 	from = netip.AddrPortFrom(from.Addr().Unmap().WithZone(""), from.Port())
+	if classic(b) {
+		if _, _, ok := session(nil); !ok {
+			return nil
+		}
+		return answerClassic(b, from)
+	}
+	if !stun.IsMessage(b) {
+		return nil
+	}
 	m := &stun.Message{Raw: b}
 	if err := m.Decode(); err != nil || m.Type != stun.BindingRequest {
 		return nil

@@ -140,8 +140,8 @@ func mappedOf(m *stun.Message) (netip.AddrPort, error) {
 
 // marshal builds the Binding request to a server, at least as long as the answer
 // may be when a token is expected.
-func (s Server) marshal(id transactionID) ([]byte, error) {
-	setters := []stun.Setter{stun.NewTransactionIDSetter(id), stun.BindingRequest}
+func (s Server) marshal(id transactionID, more ...stun.Setter) ([]byte, error) {
+	setters := append([]stun.Setter{stun.NewTransactionIDSetter(id), stun.BindingRequest}, more...)
 	if len(s.Username) > 0 {
 		setters = append(setters, stun.Username(s.Username))
 		size := stunHeader + 4 + (len(s.Username)+3)/4*4 + integritySize

@@ -14,6 +14,8 @@ const (
 	// AttrSessionLost, which is empty, says in a check that its sender has no
 	// WireGuard session with the receiver.
 	AttrSessionLost stun.AttrType = 0xC058
+	// AttrChangeRequest asks for an answer from elsewhere (RFC 5780 section 7.2).
+	AttrChangeRequest stun.AttrType = 0x0003
 	// AttrPadding makes a Binding request to a server at least as long as the
 	// answer (RFC 5780 section 7.6).
 	AttrPadding stun.AttrType = 0x0026

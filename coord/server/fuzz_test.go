@@ -11,6 +11,7 @@ import (
 
 	"overlay/coord"
 	"overlay/coord/trust"
+	"overlay/punch"
 )
 
 func FuzzRequests(f *testing.F) {
@@ -52,19 +53,25 @@ func FuzzSTUN(f *testing.F) {
 	f.Add(binding(f))
 	f.Add(binding(f, stun.NewUsername(string(id[:])), padding(), stun.MessageIntegrity(key)))
 	f.Add(binding(f, stun.NewUsername(string(id[:])), stun.MessageIntegrity(key), stun.Fingerprint))
+	if b, err := (punch.Server{}).ChangeRequest([12]byte{1}, punch.Change{Address: true}); err == nil {
+		f.Add(b)
+	}
 	from := netip.MustParseAddrPort("203.0.113.7:4444")
 	f.Fuzz(func(t *testing.T, b []byte) {
 		in := append([]byte(nil), b...)
-		out := s.answer(in, from)
+		out := s.answer(in, from, here())
 		if out == nil {
 			return
 		}
-		m := &stun.Message{Raw: out}
-		if err := m.Decode(); err != nil || m.Type != stun.BindingSuccess {
-			t.Fatalf("answer %x: %v", out, err)
-		}
 		if len(out) > len(b) && len(out) > 32 {
 			t.Fatalf("%d bytes answered with %d", len(b), len(out))
+		}
+		if !stun.IsMessage(b) {
+			return // RFC 3489
+		}
+		m := &stun.Message{Raw: out}
+		if err := m.Decode(); err != nil || m.Type != stun.BindingSuccess && m.Type != stun.BindingError {
+			t.Fatalf("answer %x: %v", out, err)
 		}
 	})
 }

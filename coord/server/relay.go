@@ -48,7 +48,7 @@ type relayConn struct {
 // relaySettings is what a relayHost is made of.
 type relaySettings struct {
 	key    ed25519.PrivateKey // the server's
-	answer func(b []byte, from netip.AddrPort) []byte
+	answer func(b []byte, from, at netip.AddrPort) []byte
 	rate   int // Mbit/s of one flow; 0: as fast as it goes
 }
 

@@ -170,7 +170,7 @@ func (s *Server) assemble(c Config) error {
 	}
 	s.failures = newBuckets(failuresPerSource/60.0, failuresPerSource, time.Now)
 	s.allFailures = newBuckets(failuresTotal/60.0, failuresTotal, time.Now)
-	stun := &stunServer{open: s.hub.open, tokens: s.hub.tokens, limit: newBuckets(stunPerSource, stunBurst, time.Now)}
+	stun := &stunServer{open: s.hub.open, tokens: s.hub.tokens, limit: newBuckets(stunPerSource, stunBurst, time.Now), sockets: s.udp}
 	s.relay, err = newRelayHost(s.hub, s.log, relaySettings{key: s.key, answer: stun.answer, rate: c.RelayRate})
 	if err != nil {
 		return err

@@ -1,7 +1,10 @@
 package server
 
 import (
+	"net"
 	"net/netip"
+
+	"golang.org/x/sys/unix"
 
 	"overlay/punch"
 )
@@ -17,14 +20,31 @@ type sessionID [sessionLen]byte
 // it gets a token too. All else is met with silence. It is safe for concurrent
 // use.
 type stunServer struct {
-	open   *streams
-	tokens *tokens
-	limit  *buckets
+	open    *streams
+	tokens  *tokens
+	limit   *buckets
+	sockets []*net.UDPConn
 }
 
-// answer gives the answer to a datagram, or nil.
-func (s *stunServer) answer(b []byte, from netip.AddrPort) []byte {
+// answer gives the answer to a datagram that came to at, or nil, also when it was
+// sent from another port because the request wants it so.
+func (s *stunServer) answer(b []byte, from, at netip.AddrPort) []byte {
 	from = netip.AddrPortFrom(from.Addr().Unmap().WithZone(""), from.Port())
+	out := s.binding(b, from)
+	change := punch.ChangeOf(b)
+	switch {
+	case out == nil || change == punch.Change{}:
+		return out
+	case len(out) > len(b):
+		return nil // what is more than the address is for padded requests
+	case change.Address:
+		return punch.RefuseChange(b) // there is one address
+	}
+	s.elsewhere(out, from, at)
+	return nil
+}
+
+func (s *stunServer) binding(b []byte, from netip.AddrPort) []byte {
 	return punch.AnswerBinding(b, from, func(user []byte) (key, token []byte, ok bool) {
 		if user == nil {
 			return nil, nil, s.limit.spend(network(from.Addr()))
@@ -38,4 +58,44 @@ func (s *stunServer) answer(b []byte, from netip.AddrPort) []byte {
 		}
 		return st.key, s.tokens.make(st.device, from), true
 	})
+}
+
+// elsewhere sends an answer from the address that was asked, but another port. It
+// does not wait: an answer that finds no room is lost.
+func (s *stunServer) elsewhere(b []byte, to, at netip.AddrPort) {
+	for _, c := range s.sockets {
+		own := c.LocalAddr().(*net.UDPAddr).AddrPort()
+		if own.Port() == at.Port() || own.Addr().Unmap().Is4() != to.Addr().Is4() {
+			continue
+		}
+		raw, err := c.SyscallConn()
+		if err != nil {
+			continue // closed
+		}
+		name, pin := sockaddr(to), pinned(at.Addr().Unmap())
+		_ = raw.Write(func(fd uintptr) bool {
+			_ = unix.Sendmsg(int(fd), b, pin, name, unix.MSG_DONTWAIT)
+			return true
+		})
+		return
+	}
+}
+
+func sockaddr(to netip.AddrPort) unix.Sockaddr {
+	if to.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}
+}
+
+// pinned is the control message that has a datagram leave from an address; nothing
+// leaves the choice to the system.
+func pinned(from netip.Addr) []byte {
+	switch {
+	case from.Is4():
+		return unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: from.As4()})
+	case from.Is6():
+		return unix.PktInfo6(&unix.Inet6Pktinfo{Addr: from.As16()})
+	}
+	return nil
 }

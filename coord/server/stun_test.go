@@ -34,6 +34,9 @@ func binding(t testing.TB, setters ...stun.Setter) []byte {
 // maxBinding is what a datagram must not exceed to be a Binding request.
 const maxBinding = 1280
 
+// here is the address that is asked.
+func here() netip.AddrPort { return netip.MustParseAddrPort("192.0.2.1:3478") }
+
 // padding makes a request long enough for the longest answer.
 func padding() stun.Setter {
 	return stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, punch.ServerAnswerSize)}
@@ -63,7 +66,7 @@ func TestSTUNAnswers(t *testing.T) {
 		"changed after signed": {flip(binding(t, user, padding(), mac), 60), false, false},
 	} {
 		for _, from := range []netip.AddrPort{addr("203.0.113.7:4444"), addr("[2001:db8::7]:4444"), addr("[::ffff:203.0.113.7]:4444")} {
-			got := s.answer(c.request, from)
+			got := s.answer(c.request, from, here())
 			if (got != nil) != c.answer {
 				t.Errorf("%s from %v: answer of %d bytes", name, from, len(got))
 			}
@@ -125,18 +128,18 @@ func TestSTUNLimit(t *testing.T) {
 	plain, answered := binding(t), 0
 	for i := range 3 * stunBurst {
 		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 1000)
-		if s.answer(plain, from) != nil {
+		if s.answer(plain, from, here()) != nil {
 			answered++
 		}
 	}
 	if answered != stunBurst {
 		t.Errorf("%d of one network answered at once", answered)
 	}
-	if s.answer(plain, addr("198.51.100.1:1000")) == nil && s.answer(plain, addr("192.0.2.1:1000")) == nil {
+	if s.answer(plain, addr("198.51.100.1:1000"), here()) == nil && s.answer(plain, addr("192.0.2.1:1000"), here()) == nil {
 		t.Error("other networks wait for it")
 	}
 	signed := binding(t, stun.NewUsername(string(id[:])), padding(), stun.MessageIntegrity(key))
-	if s.answer(signed, addr("203.0.113.1:1000")) == nil {
+	if s.answer(signed, addr("203.0.113.1:1000"), here()) == nil {
 		t.Error("a node of that network gets no answer")
 	}
 }
@@ -176,6 +179,79 @@ func TestSTUNOnSockets(t *testing.T) {
 			}
 			checkSocketAnswer(t, s, o, b[:n], c.LocalAddr().(*net.UDPAddr).AddrPort())
 			_ = c.Close()
+		}
+	}
+}
+
+// A request that wants its answer from another port gets it, as long as it is not
+// longer; one that wants it from another address is told that there is none.
+func TestSTUNChange(t *testing.T) {
+	s, err := Open(Config{Listen: "127.0.0.1:0", STUN: ":0", Public: "127.0.0.1", StateDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := run(t, s)
+	o := found(t, r)
+	e, _ := o.follow(t, o.server, "")
+	id := [stun.TransactionIDSize]byte{7}
+	node := punch.Server{Username: e.welcome.Session, Key: e.STUNKey()}
+	for name, c := range map[string]struct {
+		who    punch.Server
+		change punch.Change
+		want   stun.MessageType
+		other  bool
+	}{
+		"plain":         {punch.Server{}, punch.Change{Port: true}, stun.BindingSuccess, true},
+		"node":          {node, punch.Change{Port: true}, stun.BindingSuccess, true},
+		"no change":     {node, punch.Change{}, stun.BindingSuccess, false},
+		"plain address": {punch.Server{}, punch.Change{Address: true}, stun.BindingError, false},
+		"both":          {node, punch.Change{Address: true, Port: true}, stun.BindingError, false},
+	} {
+		b, err := c.who.ChangeRequest(id, c.change)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, port := range e.welcome.STUN {
+			to := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port)
+			answer, from := exchange(t, b, to)
+			m := &stun.Message{Raw: answer}
+			if err := m.Decode(); err != nil || m.Type != c.want || m.TransactionID != id {
+				t.Errorf("%s: answer %v, %v", name, m, err)
+			}
+			if from.Addr() != to.Addr() || (from.Port() != port) != c.other || len(answer) > len(b) {
+				t.Errorf("%s: %d bytes at %v answered with %d from %v", name, len(b), to, len(answer), from)
+			}
+		}
+	}
+}
+
+// exchange sends a request and takes the answer from wherever it comes.
+func exchange(t *testing.T, b []byte, to netip.AddrPort) ([]byte, netip.AddrPort) {
+	t.Helper()
+	c, err := net.ListenUDP("udp4", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := c.WriteToUDPAddrPort(b, to); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, maxBinding)
+	n, from, err := c.ReadFromUDPAddrPort(buf)
+	if err != nil {
+		t.Fatalf("%v: %v", to, err)
+	}
+	return buf[:n], from
+}
+
+// A request that is shorter than the answer is not answered from elsewhere, nor
+// told why.
+func TestSTUNChangeTooShort(t *testing.T) {
+	s, _, _ := stunWorld()
+	for _, c := range []punch.Change{{Port: true}, {Address: true}} {
+		if got := s.answer(binding(t, c), addr("203.0.113.7:4444"), here()); got != nil {
+			t.Errorf("%+v: %d bytes", c, len(got))
 		}
 	}
 }

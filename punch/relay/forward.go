@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 
@@ -31,7 +32,10 @@ func (s *Server) ServeUDP(ctx context.Context, c *net.UDPConn) error {
 	if err != nil {
 		return err
 	}
-	l := &loop{s: s, receiver: newReceiver(sock), train: newTrain(s), admissions: make(chan pending, maxPending)}
+	l := &loop{
+		s: s, receiver: newReceiver(sock), train: newTrain(s), admissions: make(chan pending, maxPending),
+		port: c.LocalAddr().(*net.UDPAddr).AddrPort().Port(),
+	}
 	defer context.AfterFunc(ctx, sock.stop)()
 	var g errgroup.Group
 	g.Go(func() error {
@@ -51,6 +55,7 @@ type loop struct {
 	receiver   *receiver
 	train      *train
 	admissions chan pending // closed by run
+	port       uint16       // of the socket
 }
 
 func (l *loop) run() error {
@@ -168,7 +173,7 @@ func (l *loop) answer(a *arrival, b []byte) {
 	case b[0] == ControlByte && kindOf(b) != 0:
 		reply = l.s.control(nil, b, a.transport(l.receiver.socket))
 	case b[0] != ControlByte && l.s.cfg.Answer != nil:
-		reply = l.s.cfg.Answer(b, a.name.get())
+		reply = l.s.cfg.Answer(b, a.name.get(), netip.AddrPortFrom(a.local, l.port))
 	default:
 		l.s.count.malformed.Add(1)
 	}

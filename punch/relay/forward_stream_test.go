@@ -72,7 +72,7 @@ func TestForwardFromStream(t *testing.T) {
 // FuzzTake feeds whatever can be in a buffer of the kernel's: nothing may leave
 // for anybody but the other end of the flow it came in.
 func FuzzTake(f *testing.F) {
-	w := newSite(f, ServerConfig{Answer: func([]byte, netip.AddrPort) []byte { return nil }})
+	w := newSite(f, ServerConfig{Answer: func(_ []byte, _, _ netip.AddrPort) []byte { return nil }})
 	a, b := w.guest(1), w.guest(2)
 	at := place("192.0.2.1:1000")
 	w.join(a, at)

@@ -259,7 +259,7 @@ func TestForwardTrains(t *testing.T) {
 // goes where it belongs or nowhere.
 func TestMixedBuffer(t *testing.T) {
 	const size = helloSize
-	w := newSite(t, ServerConfig{Answer: func(b []byte, _ netip.AddrPort) []byte { return b[:4] }})
+	w := newSite(t, ServerConfig{Answer: func(b []byte, _, _ netip.AddrPort) []byte { return b[:4] }})
 	relay := addrOf(w.serve(t, "udp4", "127.0.0.1:0"))
 	a, b, c, d := w.station(t, 1, relay), w.station(t, 2, relay), w.station(t, 3, relay), w.station(t, 4, relay)
 	a.mustOpen(b, c)

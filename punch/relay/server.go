@@ -35,10 +35,11 @@ type ServerConfig struct {
 	// without locks, from several goroutines, and may take a millisecond. Its
 	// answer is kept for some minutes, or until Retain.
 	Verify func(credentials []byte) (Identity, error)
-	// Answer answers a datagram that is neither flow nor control; nil is silence.
+	// Answer answers a datagram that is neither flow nor control and came to our
+	// address and port at, the address zero where it is not known; nil is silence.
 	// It is called from the loop that forwards, so it must be quick, and must not
 	// keep b. A nil Answer drops such datagrams.
-	Answer func(b []byte, from netip.AddrPort) []byte
+	Answer func(b []byte, from, at netip.AddrPort) []byte
 	// FlowRate and NodeRate bound what one node sends into one flow and in all,
 	// in bytes a second; 0 means 1.25e9 and 2.5e9.
 	FlowRate, NodeRate uint64

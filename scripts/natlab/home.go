@@ -2,9 +2,12 @@ package natlab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"sync"
+
+	"overlay/punch/nattest"
 )
 
 const (
@@ -24,9 +27,13 @@ const (
 type Home struct {
 	*node
 	lab  *Lab
-	nat  NAT
+	site Site
+	nat  NAT // that of site
 	lan  netip.Prefix
+	lan6 netip.Prefix
 	port string
+	// table is that of the program that translates, nil where the kernel does.
+	table *nattest.Table
 	// proxy runs where the home has one.
 	proxy *Process
 	// mapper maps ports where the home has one.
@@ -41,25 +48,35 @@ type Home struct {
 // Home attaches a home to the Internet: a router of the given kind with one
 // public address of its own and an empty LAN.
 func (l *Lab) Home(ctx context.Context, name string, nat NAT) (*Home, error) {
-	rules, err := nat.rules()
-	if err != nil {
+	return l.HomeAt(ctx, name, Site{NAT: nat})
+}
+
+// HomeAt attaches a home where the site says, with an empty LAN.
+func (l *Lab) HomeAt(ctx context.Context, name string, site Site) (*Home, error) {
+	nat := site.NAT
+	if _, err := nat.rules(); err != nil {
 		return nil, fmt.Errorf("add home %s: %w", name, err)
 	}
 	l.mu.Lock()
 	l.homes++
 	index := l.homes
 	l.mu.Unlock()
-	if index > maxHomes || nat == Public && index > maxPublicHomes {
+	if index > maxHomes || nat.routed() && index > maxPublicHomes {
 		return nil, fmt.Errorf("add home %s: home %d is one too many for the address plan", name, index)
 	}
 	n, err := l.newNode(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	h := &Home{node: n, lab: l, nat: nat, port: l.nextPort(), leases: map[string]netip.Prefix{}}
-	h.lan = lanPrefix(nat, index)
-	h.wan = netip.AddrFrom4([4]byte{203, 0, 113, byte(index)})
-	if err := h.setUp(ctx, rules); err != nil {
+	h := &Home{node: n, lab: l, site: site, nat: nat, port: l.nextPort(), leases: map[string]netip.Prefix{}}
+	h.lan, h.lan6 = lanPrefix(nat, index), homePrefix6(index)
+	if site.LAN.IsValid() {
+		h.lan = site.LAN
+	}
+	if h.wan, err = h.address(index); err != nil {
+		return nil, fmt.Errorf("add home %s: %w", name, err)
+	}
+	if err := h.setUp(ctx); err != nil {
 		return nil, fmt.Errorf("add home %s: %w", name, err)
 	}
 	if nat.proxied() {
@@ -71,13 +88,13 @@ func (l *Lab) Home(ctx context.Context, name string, nat NAT) (*Home, error) {
 }
 
 func lanPrefix(nat NAT, index int) netip.Prefix {
-	if nat == Public {
+	if nat.routed() {
 		return netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(index * 16)}), 28)
 	}
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 168, byte(index), 0}), 24)
 }
 
-func (h *Home) setUp(ctx context.Context, rules string) error {
+func (h *Home) setUp(ctx context.Context) error {
 	var s script
 	s.sysctl("net/ipv4/ip_forward", 1)
 	s.sysctl("net/ipv4/conf/all/send_redirects", 0)
@@ -91,18 +108,21 @@ func (h *Home) setUp(ctx context.Context, rules string) error {
 	if err := h.sh(ctx, s); err != nil {
 		return err
 	}
-	if err := h.lab.attach(ctx, h.node, wire{h.port, wanDevice, h.wan}); err != nil {
+	if err := h.lab.attach(ctx, h.uplink(), h.node, wire{h.port, wanDevice, h.wan}); err != nil {
 		return err
 	}
-	if err := h.routeLAN(ctx); err != nil {
+	if err := h.setUp6(ctx); err != nil {
 		return err
 	}
-	return h.load(ctx, rules)
+	if err := errors.Join(h.sh(ctx, h.nat.setUp()), h.narrow(ctx), h.routeLAN(ctx), h.startUserNAT(ctx)); err != nil {
+		return err
+	}
+	return h.load(ctx, h.wan)
 }
 
 // routeLAN tells the core where a public LAN is.
 func (h *Home) routeLAN(ctx context.Context) error {
-	if h.nat != Public {
+	if !h.nat.routed() {
 		return nil
 	}
 	var s script
@@ -110,7 +130,17 @@ func (h *Home) routeLAN(ctx context.Context) error {
 	return h.lab.core.sh(ctx, s)
 }
 
-func (h *Home) load(ctx context.Context, rules string) error {
+// load makes the router translate and filter from now on, with what it knew
+// forgotten but the flows.
+func (h *Home) load(ctx context.Context, wan netip.Addr) error {
+	rules, err := h.nat.rules()
+	if err != nil {
+		return err
+	}
+	rules = fill(rules, wan, h.host(firstLaptop)) + h.site.IPv6.rules()
+	if h.carrier() {
+		rules += carrierRules
+	}
 	var s script
 	s.add("nft -f - <<'RULES'\nflush ruleset\n%s\nRULES", rules)
 	return h.sh(ctx, s)
@@ -137,7 +167,7 @@ func (h *Home) Laptop(ctx context.Context, name string) (*Host, error) {
 	self.add("ip addr add %s dev eth0", addr)
 	self.add("ip link set eth0 up")
 	self.add("ip route add default via %s dev eth0", host.gateway)
-	if err := host.sh(ctx, self); err != nil {
+	if err := errors.Join(host.sh(ctx, self), h.laptop6(ctx, host)); err != nil {
 		return nil, fmt.Errorf("add laptop %s: %w", name, err)
 	}
 	return host, nil
@@ -152,17 +182,23 @@ func (h *Home) lease(laptop string, another bool) (netip.Prefix, error) {
 		return addr, nil
 	}
 	most := maxLaptops
-	if h.nat == Public {
+	if h.nat.routed() {
 		most = maxPublicLaptop
 	}
 	if h.laptops >= most {
 		return netip.Prefix{}, fmt.Errorf("home %s has no address left for another laptop", h.name)
 	}
-	host := h.lan.Addr().As4()
-	host[3] += byte(firstLaptop + h.laptops)
+	host := h.host(firstLaptop + h.laptops)
 	h.laptops++
-	h.leases[laptop] = netip.PrefixFrom(netip.AddrFrom4(host), h.lan.Bits())
+	h.leases[laptop] = netip.PrefixFrom(host, h.lan.Bits())
 	return h.leases[laptop], nil
+}
+
+// host is an address of the LAN by its number.
+func (h *Home) host(number int) netip.Addr {
+	b := h.lan.Addr().As4()
+	b[3] += byte(number)
+	return netip.AddrFrom4(b)
 }
 
 func (h *Home) router() netip.Addr { return h.lan.Addr().Next() }
@@ -180,29 +216,32 @@ func (h *Home) SetWAN(ctx context.Context, addr netip.Addr) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	var core, self script
+	up := h.uplink()
 	core.add("ip route del %s/32 dev %s", h.wan, h.port)
 	core.add("ip route add %s/32 dev %s", addr, h.port)
-	self.add("ip addr flush dev %s scope global", wanDevice)
+	self.add("ip -4 addr flush dev %s scope global", wanDevice)
 	self.add("ip addr add %s/32 dev %s", addr, wanDevice)
-	self.add("ip route replace default via %s dev %s onlink", gateway(), wanDevice)
-	if err := h.lab.core.sh(ctx, core); err != nil {
+	self.add("ip route replace default via %s dev %s onlink", up.gateway, wanDevice)
+	if err := up.node.sh(ctx, core); err != nil {
 		return err
 	}
 	if err := h.sh(ctx, self); err != nil {
 		return err
 	}
 	h.wan = addr
-	return h.routeLAN(ctx)
+	if err := h.routeLAN(ctx); err != nil || !h.nat.bound() {
+		return err
+	}
+	return h.load(ctx, addr)
 }
 
 // Reboot makes the router forget every mapping it holds.
 func (h *Home) Reboot(ctx context.Context) error {
-	rules, err := h.nat.rules()
-	if err != nil {
+	if err := h.load(ctx, h.WAN()); err != nil {
 		return err
 	}
-	if err := h.load(ctx, rules); err != nil {
-		return err
+	if h.table != nil {
+		h.table.Flush()
 	}
 	var s script
 	s.add("conntrack -F")

@@ -22,6 +22,7 @@ type Host struct {
 	home    *Home
 	port    string
 	addr    netip.Addr
+	addr6   netip.Addr
 	gateway netip.Addr
 	started int
 }

@@ -44,6 +44,9 @@ type Options struct {
 	Delay time.Duration
 	// Loss is the share of packets, 0 to 1, the Internet loses.
 	Loss float64
+	// IPv6 gives the Internet, its servers, and the homes that want it, IPv6
+	// besides IPv4.
+	IPv6 bool
 	// Dir is where the lab makes its own folder; empty is the folder for
 	// temporary files. It must not lie below /run, /var/lib or /root, which
 	// are private to every machine of the lab.
@@ -63,6 +66,7 @@ type Lab struct {
 	core  *node
 	group errgroup.Group
 	stop  context.CancelFunc
+	spawn func(func(context.Context) error) // until Close
 	keys  clientKey
 	cuts  cuts
 
@@ -71,12 +75,13 @@ type Lab struct {
 	closeOnce sync.Once
 	closeErr  error
 
-	mu      sync.Mutex
-	nodes   []*node
-	ports   int
-	homes   int
-	servers int
-	legs    int
+	mu       sync.Mutex
+	nodes    []*node
+	ports    int
+	homes    int
+	carriers int
+	servers  int
+	legs     int
 }
 
 // New builds an empty Internet: a core router with its delay line. It first
@@ -136,6 +141,9 @@ func (o *Options) complete() error {
 func (l *Lab) start(ctx context.Context) error {
 	running, stop := context.WithCancel(context.Background())
 	l.stop = stop
+	l.spawn = func(f func(context.Context) error) {
+		l.group.Go(func() error { return f(running) })
+	}
 	if err := os.Mkdir(l.binDir(), 0o755); err != nil {
 		return fmt.Errorf("make folder for programs: %w", err)
 	}
@@ -150,24 +158,37 @@ func (l *Lab) start(ctx context.Context) error {
 	if err := l.core.sh(ctx, coreSetup()); err != nil {
 		return err
 	}
-	if l.opts.Delay < 0 {
+	if l.opts.Delay > 0 {
+		if err := l.startDelay(ctx); err != nil {
+			return err
+		}
+	}
+	if !l.opts.IPv6 {
 		return nil
 	}
-	return l.startDelay(ctx, running)
+	return l.core.sh(ctx, coreSetup6(l.opts.Delay > 0))
 }
 
-func (l *Lab) startDelay(ctx, running context.Context) error {
+func (l *Lab) startDelay(ctx context.Context) error {
+	if err := l.runLine(l.core, newDelayLine(l.opts.Delay, l.opts.Loss)); err != nil {
+		return err
+	}
+	return l.core.sh(ctx, lineSetup(delayDevice, delayTable))
+}
+
+// runLine has a delay line run on a device of its own in a machine, until the
+// lab is closed.
+func (l *Lab) runLine(n *node, line *delayLine) error {
 	var tun *os.File
-	err := l.core.inside(func() (err error) {
+	err := n.inside(func() (err error) {
 		tun, err = openTUN(delayDevice)
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	line := newDelayLine(l.opts.Delay, l.opts.Loss)
-	l.group.Go(func() error { return line.run(running, tun) })
-	return l.core.sh(ctx, lineSetup(delayDevice, delayTable))
+	l.spawn(func(running context.Context) error { return line.run(running, tun) })
+	return nil
 }
 
 // Close ends every process of the lab, removes its namespaces with all
@@ -216,10 +237,14 @@ func (l *Lab) Server(ctx context.Context, name string) (*Host, error) {
 	h.addr = netip.AddrFrom4([4]byte{198, 51, 100, byte(index)})
 	h.gateway = gateway()
 	h.port = l.nextPort()
-	if err := l.attach(ctx, h.node, wire{h.port, "eth0", h.addr}); err != nil {
+	cable := wire{h.port, "eth0", h.addr}
+	if err := l.attach(ctx, l.internet(), h.node, cable); err != nil {
 		return nil, fmt.Errorf("add server %s: %w", name, err)
 	}
-	return h, nil
+	if l.opts.IPv6 {
+		err = l.serve6(ctx, h, cable, serverPrefix6(index))
+	}
+	return h, err
 }
 
 // wire is a cable into the core: its end there, its end in the machine, and
@@ -229,21 +254,21 @@ type wire struct {
 	addr        netip.Addr
 }
 
-func (l *Lab) attach(ctx context.Context, n *node, w wire) error {
+func (l *Lab) attach(ctx context.Context, up uplink, n *node, w wire) error {
 	var s script
 	s.add("ip link add %s type veth peer name %s netns %d", w.port, w.inner, n.pid)
 	s.add("ip link set %s up", w.port)
 	s.add("ip route add %s/32 dev %s", w.addr, w.port)
-	if l.opts.Delay > 0 {
-		s.add("ip rule add iif %s lookup %d", w.port, delayTable)
+	if up.delayed {
+		s.add("ip rule add %s iif %s lookup %d", up.pref, w.port, delayTable)
 	}
-	if err := l.core.sh(ctx, s); err != nil {
+	if err := up.node.sh(ctx, s); err != nil {
 		return err
 	}
 	var inner script
 	inner.add("ip addr add %s/32 dev %s", w.addr, w.inner)
 	inner.add("ip link set %s up", w.inner)
-	inner.add("ip route replace default via %s dev %s onlink", gateway(), w.inner)
+	inner.add("ip route replace default via %s dev %s onlink", up.gateway, w.inner)
 	return n.sh(ctx, inner)
 }
 

@@ -149,11 +149,6 @@ func pair(t *testing.T, one, two NAT) (m *mesh, a, b *member) {
 	return m, a, b
 }
 
-// socket is the daemon's socket as seen from outside of the machine.
-func (h *Host) socket() string {
-	return fmt.Sprintf("/proc/%d/root%s", h.pid, overlay.DefaultSocket)
-}
-
 // state is the node's state directory as seen from outside of the machine.
 func (h *Host) state() string { return fmt.Sprintf("/proc/%d/root%s", h.pid, overlay.DefaultStateDir) }
 

@@ -73,11 +73,11 @@ func (m PortMapping) switches() string {
 	return "enable_natpmp=no\nenable_upnp=yes"
 }
 
-// HardHome adds a home whose router gives every flow another port, and maps ports
-// for who asks in the given way. The router's address looks public, for
-// miniupnpd maps nothing on one that does not.
-func (l *Lab) HardHome(ctx context.Context, name string, m PortMapping) (*Home, error) {
-	h, err := l.Home(ctx, name, Masquerade)
+// HardHome adds a home, behind a carrier or behind none, whose router gives every
+// flow another port, and maps ports for who asks in the given way. The router's
+// address looks public, for miniupnpd maps nothing on one that does not.
+func (l *Lab) HardHome(ctx context.Context, name string, m PortMapping, carrier *Home) (*Home, error) {
+	h, err := l.HomeAt(ctx, name, Site{NAT: Masquerade, Carrier: carrier})
 	if err != nil {
 		return nil, err
 	}
@@ -89,7 +89,9 @@ func (l *Lab) HardHome(ctx context.Context, name string, m PortMapping) (*Home, 
 	if m == MapNATPMP {
 		rule = dropPCP
 	}
-	if err := h.load(ctx, fmt.Sprintf(hardRules, rule)); err != nil {
+	var s script
+	s.add("nft -f - <<'RULES'\nflush ruleset\n"+hardRules+"\nRULES", rule)
+	if err := h.sh(ctx, s); err != nil {
 		return nil, fmt.Errorf("add home %s: %w", name, err)
 	}
 	if m == MapNone {

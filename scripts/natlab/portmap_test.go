@@ -6,8 +6,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"overlay/overlay"
 )
 
@@ -34,9 +32,9 @@ func TestPortMapping(t *testing.T) {
 	all.of(whatDirect).atMost(t, 0, mappedWorst)
 }
 
-func mustHardHome(t *testing.T, l *Lab, name string, kind PortMapping) *Home {
+func mustHardHome(t *testing.T, l *Lab, name string, kind PortMapping, carrier *Home) *Home {
 	t.Helper()
-	h, err := l.HardHome(t.Context(), name, kind)
+	h, err := l.HardHome(t.Context(), name, kind, carrier)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,34 +45,63 @@ func mustHardHome(t *testing.T, l *Lab, name string, kind PortMapping) *Home {
 func hardPair(t *testing.T, one, two PortMapping) (m *mesh, a, b *member) {
 	t.Helper()
 	m = newMesh(t)
-	a = m.join(t, mustLaptop(t, mustHardHome(t, m.Lab, "home-a", one), "a"))
-	b = m.join(t, mustLaptop(t, mustHardHome(t, m.Lab, "home-b", two), "b"))
+	a, b = m.hardMembers(t, one, two, nil)
 	return m, a, b
+}
+
+func (m *mesh) hardMembers(t *testing.T, one, two PortMapping, carrier *Home) (a, b *member) {
+	t.Helper()
+	a = m.join(t, mustLaptop(t, mustHardHome(t, m.Lab, "home-a", one, carrier), "a"))
+	b = m.join(t, mustLaptop(t, mustHardHome(t, m.Lab, "home-b", two, carrier), "b"))
+	return a, b
 }
 
 func mappingCell(t *testing.T, all *figures, kind PortMapping) {
 	_, a, b := hardPair(t, kind, MapNone)
 	r := &race{t: t, all: all, cell: string(kind) + ", hard", a: a, b: b}
 	for i := range runs(shortRuns, fullRuns) {
-		if err := both(a, b, func(n *member) error { return n.down(t.Context()) }); err != nil {
-			t.Fatal(err)
-		}
-		wantMapped(t, a.home, 0)
-		time.Sleep(drained)
-		if err := both(a, b, func(n *member) error { return n.home.Forget(t.Context()) }); err != nil {
-			t.Fatal(err)
-		}
-		var g errgroup.Group
-		for _, n := range []*member{a, b} {
-			g.Go(func() error { return n.up(t.Context()) })
-		}
-		if err := g.Wait(); err != nil {
-			t.Fatal(err)
-		}
-		r.meet(i)
+		r.meetMapped(i)
 		wantVia(t, b, a, "mapped")
 		wantMapped(t, a.home, 1)
 	}
+}
+
+// meetMapped takes both nodes down and up, and has them meet. What was mapped is
+// gone in between.
+func (r *race) meetMapped(run int) {
+	t := r.t
+	t.Helper()
+	if err := both(r.a, r.b, func(n *member) error { return n.down(t.Context()) }); err != nil {
+		t.Fatal(err)
+	}
+	wantMapped(t, r.a.home, 0)
+	time.Sleep(drained)
+	if err := both(r.a, r.b, func(n *member) error { return n.home.Forget(t.Context()) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := both(r.a, r.b, func(n *member) error { return n.up(t.Context()) }); err != nil {
+		t.Fatal(err)
+	}
+	r.meet(run)
+}
+
+// TestMappedBehindOneCarrier has two homes behind one NAT of a provider, which
+// does not lead back in. What their routers map is on addresses that only those
+// behind it reach, and that no server has seen: they travel in signals.
+func TestMappedBehindOneCarrier(t *testing.T) {
+	m := newMesh(t)
+	carrier, err := m.Carrier(t.Context(), "carrier", Masquerade)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all figures
+	r := &race{t: t, all: &all, cell: "one carrier, pcp"}
+	r.a, r.b = m.hardMembers(t, MapPCP, MapPCP, carrier)
+	for i := range runs(shortRuns, fullRuns) {
+		r.meetMapped(i)
+	}
+	all.report(t)
+	all.of(whatDirect).atMost(t, 0, mappedWorst)
 }
 
 // wantVia wants a node to reach another by an address found in a certain way.

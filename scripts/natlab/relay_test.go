@@ -126,7 +126,7 @@ func relayedTo(name string) func(overlay.Status) bool {
 
 // outside is the address under which the Internet knows a machine.
 func (h *Host) outside() netip.Addr {
-	if h.home == nil || h.home.nat == Public {
+	if h.home == nil || h.home.nat.routed() {
 		return h.Addr()
 	}
 	return h.home.WAN()

@@ -36,6 +36,7 @@ func verbs() map[string]func(context.Context, *options) error {
 		verbProfile: profile,
 		verbSoak:    soak,
 		verbRelay:   compareRelay,
+		verbNAT:     measureNATs,
 		verbPing:    answerPing,
 		verbPour:    pour,
 	}

@@ -16,6 +16,7 @@ const (
 	verbProfile = "profile"
 	verbSoak    = "soak"
 	verbRelay   = "relay"
+	verbNAT     = "nat"
 	// verbPing and verbPour are for the copy of this program that runs inside
 	// a host of the lab.
 	verbPing = "ping"
@@ -52,6 +53,8 @@ type options struct {
 	quick, markdown    bool
 	variants, only     list
 	settings           list // loss
+	cells              list // nat
+	runs               int  // nat; 0: as many as the kind of cell wants
 	json               string
 
 	variant, out string  // profile, soak
@@ -78,8 +81,8 @@ func parseOptions(args []string) (*options, error) {
 		o.verb, args = args[0], args[1:]
 	}
 	if verbs()[o.verb] == nil {
-		return nil, fmt.Errorf("unknown verb %q; there are %s, %s, %s, %s, %s and %s", o.verb,
-			verbCompare, verbLoss, verbPaths, verbRelay, verbProfile, verbSoak)
+		return nil, fmt.Errorf("unknown verb %q; there are %s, %s, %s, %s, %s, %s and %s", o.verb,
+			verbCompare, verbLoss, verbPaths, verbRelay, verbNAT, verbProfile, verbSoak)
 	}
 	if o.verb == verbRelay {
 		o.variants = relayVariants()
@@ -92,7 +95,7 @@ func parseOptions(args []string) (*options, error) {
 		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
 	}
 	if o.quick {
-		o.pairs, o.seconds, o.minutes = quickPairs, quickSeconds, minMinutes
+		o.pairs, o.seconds, o.minutes, o.runs = quickPairs, quickSeconds, minMinutes, 1
 	}
 	return o, o.check()
 }
@@ -118,6 +121,11 @@ func (o *options) flags() *flag.FlagSet {
 	f.StringVar(&o.json, "json", "", "write all figures to this `file`, too")
 	f.BoolVar(&o.quick, "quick", false, "as short as can be: shows that it works, proves no figure")
 	o.pairs, o.minutes, o.seconds = defaultPairs, defaultMinutes, defaultSeconds
+	if o.verb == verbNAT {
+		f.IntVar(&o.runs, "runs", 0, fmt.Sprintf("runs of each cell; 0 is %d of easy and %d of hard ones", easyRuns, hardRuns))
+		f.Var(&o.cells, "cells", "only these cells or groups, or with this in their name")
+		return f
+	}
 	if o.verb != verbSoak {
 		f.IntVar(&o.seconds, "seconds", defaultSeconds, "length of each measurement")
 	}
@@ -164,6 +172,9 @@ func (o *options) check() error {
 	}
 	if o.mbps != 0 && (o.mbps < minMbps || o.mbps > maxMbps) {
 		return fmt.Errorf("mbps must be 0, for no pace, or %d to %d", minMbps, maxMbps)
+	}
+	if o.runs < 0 || o.runs > maxRuns {
+		return fmt.Errorf("runs must be 0 to %d", maxRuns)
 	}
 	all := variantsOf(o.verb)
 	for i, v := range o.variants {

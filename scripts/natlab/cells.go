@@ -1,0 +1,190 @@
+package natlab
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// Place is the network of one laptop of a cell.
+type Place struct {
+	NAT     NAT
+	Carrier NAT    // between the home and the Internet; empty is none
+	LAN     string // prefix; empty is one of its own
+	IPv6    IPv6
+}
+
+// Together says what the two laptops of a cell have in common.
+type Together string
+
+const (
+	// SameLAN is one home, that of the first place.
+	SameLAN Together = "same LAN"
+	// SameNAT is one home that keeps its laptops apart.
+	SameNAT Together = "same NAT"
+	// SameCarrier is one carrier, that of the first place.
+	SameCarrier Together = "same carrier"
+)
+
+// Bar is what a cell has to reach. Times count from the first packet between the
+// two laptops.
+type Bar struct {
+	Share         float64 // of the runs that become direct, 0 to 1
+	Median, Worst time.Duration
+	// Relay says that nothing but a relay connects the pair, which has to work
+	// at once.
+	Relay bool
+}
+
+// Cell is a pair of networks, and what is to become of nodes in them.
+type Cell struct {
+	// Group is the row of the matrix, Note what the places do not say.
+	Group    string
+	Note     string
+	One, Two Place
+	Together Together
+	// Delay is one way through the Internet, zero that of the lab; Loss the share
+	// of packets it loses.
+	Delay time.Duration
+	Loss  float64
+	// Skew is by how much the second node starts later at most, Churn how many
+	// unrelated flows every home makes at most in every fifth of a second.
+	Skew  time.Duration
+	Churn int
+	Bar   Bar
+	// Open says that this is not built yet: it is measured, and no test fails.
+	Open bool
+	// Short says that the short form of the test has it.
+	Short bool
+}
+
+// Name tells cells apart.
+func (c Cell) Name() string {
+	parts := []string{c.One.String() + " × " + c.Two.String()}
+	for _, p := range []struct {
+		say  bool
+		text string
+	}{
+		{c.Together != "", string(c.Together)},
+		{c.Loss > 0, fmt.Sprintf("%.0f %% loss", 100*c.Loss)},
+		{c.Churn > 0, fmt.Sprintf("churn %d", c.Churn)},
+		{c.Note != "", c.Note},
+	} {
+		if p.say {
+			parts = append(parts, p.text)
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
+func (p Place) String() string {
+	text := string(p.NAT)
+	if p.Carrier != "" {
+		text += "+" + string(p.Carrier)
+	}
+	if p.IPv6 != "" {
+		text += "+ipv6 " + string(p.IPv6)
+	}
+	return text
+}
+
+func (p Place) prefix() (netip.Prefix, error) {
+	if p.LAN == "" {
+		return netip.Prefix{}, nil
+	}
+	return netip.ParsePrefix(p.LAN)
+}
+
+// The bars of the matrix.
+func easyBar() Bar {
+	return Bar{Share: 1, Median: 500 * time.Millisecond, Worst: 1500 * time.Millisecond}
+}
+
+func within(limit time.Duration, share float64) Bar { return Bar{Share: share, Worst: limit} }
+
+// Cells are the rows of the matrix: every pair of networks with its bar.
+func Cells() []Cell {
+	const (
+		skew  = 500 * time.Millisecond
+		churn = 15
+		lan   = "192.168.1.0/24"
+		half  = defaultDelay / 2
+	)
+	at := func(n NAT) Place { return Place{NAT: n} }
+	relay := Bar{Relay: true}
+	one := Cell{Group: "easy", Skew: skew, Bar: easyBar()}
+	easy := func(a, b NAT, short bool) Cell {
+		c := one
+		c.One, c.Two, c.Short = at(a), at(b), short
+		return c
+	}
+	return []Cell{
+		easy(Masquerade, Masquerade, true),
+		easy(Masquerade, OpenInput, false),
+		easy(OpenInput, OpenInput, true),
+		easy(FullCone, Masquerade, false),
+		easy(Restricted, PortRestricted, false),
+		easy(OtherPort, OtherPort, true),
+		easy(OtherPort, OpenInput, false),
+		easy(Public, Masquerade, false),
+		easy(Firewall, Masquerade, false),
+		easy(Firewall, Firewall, true),
+		easy(DMZ, OneToOne, false),
+		easy(Reset, ShortTimeouts, false),
+		easy(Random, FullCone, true),
+		easy(Sequential, Public, false),
+
+		{Group: "loss", One: at(Masquerade), Two: at(Masquerade), Loss: 0.2, Skew: skew, Bar: within(3*time.Second, 1)},
+		{Group: "loss", One: at(OpenInput), Two: at(OpenInput), Loss: 0.2, Skew: skew, Bar: within(3*time.Second, 1)},
+
+		{Group: "sequential", One: at(Sequential), Two: at(Masquerade), Churn: churn, Bar: within(5*time.Second, 0.95), Open: true},
+		{Group: "sequential", One: at(SequentialDown), Two: at(OtherPort), Churn: churn, Bar: within(5*time.Second, 0.95), Open: true},
+		{Group: "sequential", One: at(Sequential), Two: at(Sequential), Churn: churn, Bar: within(5*time.Second, 0.95), Open: true},
+		{Group: "random", One: at(Random), Two: at(Masquerade), Bar: within(12*time.Second, 0.95), Open: true},
+		{Group: "block", One: at(Block512), Two: at(Masquerade), Bar: within(4*time.Second, 0.99), Open: true},
+		{Group: "block", One: at(Block), Two: at(Masquerade), Bar: within(4*time.Second, 0.99), Open: true},
+		{Group: "block", One: at(Block2048), Two: at(OtherPort), Bar: within(4*time.Second, 0.99), Open: true},
+		{Group: "block-block", One: at(Block), Two: at(Block), Bar: within(30*time.Second, 0.2), Open: true},
+		{Group: "random-random", One: at(Random), Two: at(Random), Bar: relay, Short: true},
+
+		{
+			Group: "carrier", Together: SameCarrier, Bar: easyBar(), Short: true,
+			One: Place{NAT: Masquerade, Carrier: Hairpin, LAN: lan}, Two: Place{NAT: Masquerade, LAN: lan},
+		},
+		{
+			Group: "carrier", Together: SameCarrier, Bar: relay,
+			One: Place{NAT: Masquerade, Carrier: Masquerade, LAN: lan}, Two: Place{NAT: Masquerade, LAN: lan},
+		},
+		{
+			Group: "carrier", Delay: half, Skew: skew, Bar: easyBar(), Short: true, Note: "overlapping LANs",
+			One: Place{NAT: Masquerade, Carrier: OtherPort, LAN: lan}, Two: Place{NAT: Masquerade, Carrier: Masquerade, LAN: lan},
+		},
+		{
+			Group: "carrier", Delay: half, Bar: within(4*time.Second, 0.99), Open: true,
+			One: Place{NAT: Masquerade, Carrier: Block, LAN: lan}, Two: Place{NAT: Masquerade, LAN: lan},
+		},
+
+		{Group: "home", Together: SameLAN, One: at(Masquerade), Two: at(Masquerade), Bar: easyBar(), Short: true},
+		{Group: "home", Together: SameNAT, One: at(Hairpin), Two: at(Hairpin), Bar: easyBar(), Short: true},
+		{Group: "home", Together: SameNAT, One: at(Masquerade), Two: at(Masquerade), Bar: relay},
+
+		{
+			Group: "ipv6", Bar: within(500*time.Millisecond, 1), Short: true,
+			One: Place{NAT: Random, IPv6: IPv6Firewall}, Two: Place{NAT: Random, IPv6: IPv6Firewall},
+		},
+		{
+			Group: "ipv6", Bar: within(500*time.Millisecond, 1), Short: true,
+			One: Place{NAT: Masquerade, IPv6: IPv6Broken}, Two: Place{NAT: Masquerade, IPv6: IPv6Broken},
+		},
+		{
+			Group: "ipv6", Bar: within(500*time.Millisecond, 1),
+			One: Place{NAT: Masquerade, IPv6: IPv6Broken}, Two: Place{NAT: Masquerade, IPv6: IPv6Firewall},
+		},
+
+		{Group: "tcp", One: at(UDPBlocked), Two: at(UDPBlocked), Bar: within(5*time.Second, 0.9), Open: true},
+		{Group: "lines", One: at(SmallMTU), Two: at(Masquerade), Bar: easyBar()},
+		{Group: "lines", One: at(Lossy), Two: at(Masquerade), Bar: within(3*time.Second, 1)},
+		{Group: "lines", One: at(Policed), Two: at(Masquerade), Bar: within(3*time.Second, 1)},
+	}
+}

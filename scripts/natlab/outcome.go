@@ -1,0 +1,89 @@
+package natlab
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// Outcome is what all runs of a cell say together.
+type Outcome struct {
+	Cell Cell
+	Runs []Run
+}
+
+// Direct is how many runs became direct.
+func (o Outcome) Direct() int { return o.count(func(r Run) bool { return r.Direct }) }
+
+// Connected is in how many runs packets passed at all.
+func (o Outcome) Connected() int { return o.count(func(r Run) bool { return r.Connected }) }
+
+func (o Outcome) count(ok func(Run) bool) (n int) {
+	for _, r := range o.Runs {
+		if ok(r) {
+			n++
+		}
+	}
+	return n
+}
+
+// After is the median and the worst time of the runs that became direct; zero
+// where none did.
+func (o Outcome) After() (median, worst time.Duration) {
+	var all []time.Duration
+	for _, r := range o.Runs {
+		if r.Direct {
+			all = append(all, r.After)
+		}
+	}
+	return middle(all)
+}
+
+// Spent is the median and the most of the packets that looked for a path.
+func (o Outcome) Spent() (median, most int) {
+	var all []int
+	for _, r := range o.Runs {
+		all = append(all, r.Spent)
+	}
+	return middle(all)
+}
+
+// Entries is the most flows that a router had at once in any run.
+func (o Outcome) Entries() (most int) {
+	for _, r := range o.Runs {
+		most = max(most, r.Entries)
+	}
+	return most
+}
+
+// Via are the ways by which it was connected in the end, those of both sides when
+// they differ.
+func (o Outcome) Via() (all []string) {
+	for _, r := range o.Runs {
+		if r.Via != "" && !slices.Contains(all, r.Via) {
+			all = append(all, r.Via)
+		}
+	}
+	return all
+}
+
+// Reached says that the runs reach the bar. A run that is direct too late counts
+// as none.
+func (o Outcome) Reached() bool {
+	bar := o.Cell.Bar
+	if bar.Relay {
+		return o.Connected() == len(o.Runs)
+	}
+	inTime := o.count(func(r Run) bool { return r.Direct && r.After <= bar.Worst })
+	median, _ := o.After()
+	return float64(inTime) >= bar.Share*float64(len(o.Runs)) && o.Connected() == len(o.Runs) && (bar.Median == 0 || median <= bar.Median)
+}
+
+// middle is the median, the lower of two, and the greatest.
+func middle[T cmp.Ordered](all []T) (median, greatest T) {
+	if len(all) == 0 {
+		return median, greatest
+	}
+	slices.Sort(all)
+	return all[(len(all)-1)/2], all[len(all)-1]
+}

@@ -76,6 +76,23 @@ func TestPCP(t *testing.T) {
 	}
 }
 
+// A firewall of IPv6 is asked for the address itself.
+func TestPCPOverIPv6(t *testing.T) {
+	loop := netip.IPv6Loopback()
+	r := newRouterAt(t, loop)
+	outer := netip.MustParseAddr("2001:db8::7")
+	r.set(func() { r.pcp, r.external = true, netip.AddrPortFrom(outer, 0) })
+	p := newPCP(Route{Gateway: loop, Local: loop}, testPort, []byte("secret"))
+	if err := p.find(timely(t)); err != nil {
+		t.Fatal(err)
+	}
+	got := mustAsk(t, p, netip.AddrPortFrom(outer, testPort))
+	mustBe(t, p, got, true)
+	if err := p.remove(timely(t), got); err != nil || r.has(testPort) != 0 {
+		t.Errorf("not removed: %v", err)
+	}
+}
+
 func isRefusal(err error) bool {
 	_, ok := errors.AsType[*refusal](err)
 	return ok

@@ -43,12 +43,17 @@ type router struct {
 
 func newRouter(t *testing.T) *router {
 	t.Helper()
+	return newRouterAt(t, loopback())
+}
+
+func newRouterAt(t *testing.T, addr netip.Addr) *router {
+	t.Helper()
 	r := &router{
-		t: t, addr: loopback(), started: time.Now().Add(-1000 * time.Second),
+		t: t, addr: addr, started: time.Now().Add(-1000 * time.Second),
 		external: netip.AddrPortFrom(outer(), 0), mapped: map[uint16]uint16{},
 	}
 	var err error
-	if r.conn, err = net.ListenUDP("udp4", udpAddr(r.addr, routerPort)); err != nil {
+	if r.conn, err = net.ListenUDP("udp", udpAddr(r.addr, routerPort)); err != nil {
 		t.Fatal(err)
 	}
 	var serving sync.WaitGroup

@@ -36,13 +36,14 @@ func (s *session) newMapper() error {
 // mapped hands on where routers let peers in.
 func (s *session) mapped(list []portmap.Mapping) {
 	addrs := make([]netip.AddrPort, len(list))
+	by := make([]string, len(list))
 	for i, m := range list {
-		addrs[i] = m.External
-		s.log.Info("port mapped", "protocol", m.Protocol, "lifetime", m.Lifetime, "doubleNAT", m.DoubleNAT)
+		addrs[i], by[i] = m.External, m.Protocol
+		if m.DoubleNAT {
+			by[i] += " behind another NAT"
+		}
 	}
-	if len(list) == 0 {
-		s.log.Info("no port mapped any more")
-	}
+	s.log.Info("ports mapped", "by", by)
 	s.agent.SetMapped(addrs)
 }
 

@@ -34,10 +34,10 @@ const (
 // which nothing from outside is let in but by a mapped port, with the chains that
 // miniupnpd wants to find. It needs a rule for the input from the LAN, or none.
 const hardRules = `table inet filter {
-	chain input { type filter hook input priority 0; iifname "wan" ct state established,related accept; iifname "wan" drop; %s }
+	chain input { type filter hook input priority 0; iifname "wan" ct state established,related accept; iifname "wan" meta l4proto icmpv6 accept; iifname "wan" drop; %s }
 	chain forward { type filter hook forward priority 0; policy drop; ct state established,related accept; iifname "lan" accept; jump miniupnpd; }
 	chain prerouting { type nat hook prerouting priority dstnat; jump prerouting_miniupnpd; }
-	chain postrouting { type nat hook postrouting priority srcnat; jump postrouting_miniupnpd; oifname "wan" masquerade random,fully-random; }
+	chain postrouting { type nat hook postrouting priority srcnat; jump postrouting_miniupnpd; oifname "wan" meta nfproto ipv4 masquerade random,fully-random; }
 	chain miniupnpd { }
 	chain prerouting_miniupnpd { }
 	chain postrouting_miniupnpd { }
@@ -48,6 +48,7 @@ const dropPCP = `iifname "lan" udp dport 5351 @th,64,8 2 drop;`
 
 // mapperConfig needs, in order, what is on, the folder and the LAN.
 const mapperConfig = `ext_ifname=wan
+ext_ifname6=wan
 listening_ip=lan
 port=5000
 secure_mode=yes
@@ -77,7 +78,11 @@ func (m PortMapping) switches() string {
 // flow another port, and maps ports for who asks in the given way. The router's
 // address looks public, for miniupnpd maps nothing on one that does not.
 func (l *Lab) HardHome(ctx context.Context, name string, m PortMapping, carrier *Home) (*Home, error) {
-	h, err := l.HomeAt(ctx, name, Site{NAT: Masquerade, Carrier: carrier})
+	site := Site{NAT: Masquerade, Carrier: carrier}
+	if l.opts.IPv6 {
+		site.IPv6 = IPv6Firewall // in the rules of its own, too
+	}
+	h, err := l.HomeAt(ctx, name, site)
 	if err != nil {
 		return nil, err
 	}
@@ -164,13 +169,27 @@ func (h *Home) Forget(ctx context.Context) error {
 
 // MappedPorts gives the rules by which the router lets packets in.
 func (h *Home) MappedPorts(ctx context.Context) ([]string, error) {
-	out, err := h.command(ctx, "nft", "list", "chain", "inet", "filter", "prerouting_miniupnpd").Output()
+	return h.rulesOf(ctx, "prerouting_miniupnpd", "dnat")
+}
+
+// destination6 is how nft prints that miniupnpd compares the destination of an
+// IPv6 packet: as so many bits of it.
+const destination6 = "@nh,192,128"
+
+// Pinholes gives the rules by which the firewall of IPv6 lets packets in.
+func (h *Home) Pinholes(ctx context.Context) ([]string, error) {
+	return h.rulesOf(ctx, "miniupnpd", destination6)
+}
+
+// rulesOf gives the rules of a chain of the daemon that have a word.
+func (h *Home) rulesOf(ctx context.Context, chain, word string) ([]string, error) {
+	out, err := h.command(ctx, "nft", "list", "chain", "inet", "filter", chain).Output()
 	if err != nil {
 		return nil, fmt.Errorf("list mapped ports: %w", err)
 	}
 	var list []string
 	for line := range strings.Lines(string(out)) {
-		if strings.Contains(line, "dnat") {
+		if strings.Contains(line, word) {
 			list = append(list, strings.TrimSpace(line))
 		}
 	}

@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/google/go-cmp v0.6.0
+	github.com/huin/goupnp v1.3.1
 	github.com/okzk/sdnotify v0.0.0-20240725214427-1c1fdd37c5ac
 	github.com/pion/stun/v2 v2.0.0
 	github.com/rogpeppe/go-internal v1.16.0

@@ -19,6 +19,8 @@ func (r UpRequest) Check() error {
 		Interface:  cmp.Or(r.Interface, DefaultInterface),
 		MTU:        cmp.Or(r.MTU, DefaultMTU),
 		ListenPort: cmp.Or(r.ListenPort, firstPort),
+
+		PortMapping: r.PortMapping,
 	}
 	if r.Offloads != nil {
 		c.Offloads = *r.Offloads

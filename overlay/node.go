@@ -166,6 +166,9 @@ func (n *Node) merge(r UpRequest) (*settings, error) {
 	if r.Proxy != nil {
 		c.Proxy = *r.Proxy
 	}
+	if r.PortMapping != "" {
+		c.PortMapping = r.PortMapping
+	}
 	return c, c.check()
 }
 
@@ -186,6 +189,9 @@ func (c *settings) check() error {
 	}
 	if err := tun.CheckOffloads(c.Offloads); err != nil {
 		return fail(Usage, "separate several by commas: --offloads -gso,-gro", "%v", err)
+	}
+	if c.PortMapping != "" && c.PortMapping != portMappingOn && c.PortMapping != portMappingOff {
+		return fail(Usage, "on asks the router for a way in, off does not", "--port-mapping %q is neither on nor off", c.PortMapping)
 	}
 	_, err := parseProxy(c.Proxy)
 	return err

@@ -4,6 +4,7 @@
 //	netmap.go    what the server says, verified, becomes peers
 //	endpoint.go  the one writer of peer endpoints: punch's paths, through wgctrl
 //	relays.go    links to relays: which, and what goes over them
+//	portmap.go   a way in through the router
 //	session.go   the parts of a joined node, from up to down
 //	node.go      the daemon: up and down; leave.go its end for good
 //	local.go     the daemon's socket; client.go its other side
@@ -104,6 +105,8 @@ type UpRequest struct {
 	// Proxy is an HTTP proxy, http://[user:password@]host:port, for what goes over
 	// TCP; an empty one means none. It is a secret.
 	Proxy *string `json:"proxy,omitempty"`
+	// PortMapping says whether the router is asked for a way in: "on" or "off".
+	PortMapping string `json:"portMapping,omitempty"`
 }
 
 // Progress is one step of coming up, for people. Warn marks a step that did

@@ -16,6 +16,7 @@ import (
 	"overlay/coord"
 	"overlay/coord/trust"
 	"overlay/punch"
+	"overlay/punch/portmap"
 	"overlay/tun"
 )
 
@@ -45,6 +46,7 @@ type session struct {
 	control *control
 	links   *links
 	lan     *lan
+	mapper  *portmap.Mapper // nil: switched off
 	// credentials admit this device to relays.
 	credentials []byte
 	dev         atomic.Pointer[tun.Device]
@@ -97,7 +99,7 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 		return nil, err
 	}
 	s.endpoints = newEndpoints(s.dev.Load(), s.links.describe, s.hasPeer, cfg.Log)
-	if err := s.linkChanged(); err != nil {
+	if err := errors.Join(s.newMapper(), s.linkChanged()); err != nil {
 		return nil, errors.Join(err, s.dev.Load().Close())
 	}
 	return s, nil
@@ -148,7 +150,7 @@ func (s *session) newControl(m *membership) error {
 			defer s.mu.Unlock()
 			return pinned(s.roster.mesh)(pin)
 		},
-		candidates: s.agent.Candidates,
+		candidates: func() []punch.Candidate { return publishable(s.agent.Candidates()) },
 		takes:      func() tun.Capabilities { return s.dev.Load().Capabilities() },
 		relays:     func() []trust.RelayTrip { return s.links.record() },
 		onWelcome:  s.welcome,
@@ -263,6 +265,9 @@ func (s *session) run(ctx context.Context) error {
 	g.Go(func() error { return s.agent.Run(ctx) })
 	g.Go(func() error { return s.links.run(ctx) })
 	g.Go(func() error { return s.lan.run(ctx) })
+	if s.mapper != nil {
+		g.Go(func() error { return s.mapper.Run(ctx) })
+	}
 	g.Go(func() error {
 		s.loadCache() // waits for dev.Run; before the server says anything newer
 		return s.control.run(ctx)
@@ -294,6 +299,7 @@ func (s *session) linkChanged() error {
 	s.links.networkChanged()
 	s.control.networkChanged()
 	s.lan.networkChanged()
+	s.lookAtRouters()
 	return nil
 }
 
@@ -400,6 +406,7 @@ func (s *session) candidates(list []punch.Candidate) {
 	}
 	s.mu.Unlock()
 	if moved {
+		s.checkMapping()
 		s.control.reconnect()
 	} else {
 		s.control.publish()

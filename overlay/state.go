@@ -63,6 +63,8 @@ type settings struct {
 	Nonces     [2]punch.Nonce `json:"nonces"`
 	NonceTime  time.Time      `json:"nonceTime"`
 	Boot       uint64         `json:"boot"` // of the last session
+
+	PortMapping string `json:"portMapping,omitempty"` // portMappingOff, or on
 }
 
 // cache is the last netmap and the paths that worked, for a start without the

@@ -110,7 +110,8 @@ func (a *Agent) samePublic(p *peer) bool {
 			continue
 		}
 		for _, q := range p.pairs {
-			if q.typ == ServerReflexive && q.addr.Addr() == s.mapped.Addr() {
+			outer := q.typ == ServerReflexive || q.typ == PortMapped
+			if outer && q.addr.Addr() == s.mapped.Addr() {
 				return true
 			}
 		}

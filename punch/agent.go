@@ -36,6 +36,7 @@ type Agent struct {
 	port    uint16
 	changed time.Time // last change of the network; zero: none since the start
 	servers []*server
+	mapped  []netip.AddrPort // SetMapped
 	own     []Candidate
 	told    []Candidate // what OnCandidates said last
 	tellAt  time.Time   // zero: nothing to tell

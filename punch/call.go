@@ -43,7 +43,7 @@ func family(addr netip.AddrPort) int {
 // needs. Verified pairs are exempt, unless the network changed and nothing flows
 // there anyway.
 func (a *Agent) held(p *peer, q *pair, now time.Time) bool {
-	if !now.Before(p.holdUntil) || a.near(q.addr) || q.relayed() {
+	if !now.Before(p.holdUntil) || a.reachesAll(q) {
 		return false
 	}
 	stranger := q.suspect && p.uncertain && (p.moved || !p.active(now))
@@ -132,7 +132,7 @@ func (a *Agent) open(p *peer, now time.Time, untried bool) {
 		if q.relayed() && !q.reachable() {
 			continue
 		}
-		opened := now.Sub(q.sent) < openerPause || q.relayed() || a.near(q.addr)
+		opened := now.Sub(q.sent) < openerPause || a.reachesAll(q)
 		if !opened && (!q.valid || q.suspect) {
 			a.sendCheck(p, q, outgoing{now: now, from: q.from(), ttl: openerTTL})
 		}

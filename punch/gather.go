@@ -33,7 +33,7 @@ const (
 	tellDelay = 20 * time.Millisecond
 
 	maxReflexive = 4
-	maxHosts     = MaxCandidates - maxReflexive
+	maxHosts     = MaxCandidates - maxReflexive - maxMapped
 )
 
 // server is a STUN server and what it said.
@@ -230,7 +230,7 @@ func (a *Agent) refresh(now time.Time) {
 	a.notify()
 }
 
-// collect returns host and server-reflexive candidates, at most MaxCandidates.
+// collect returns all own candidates, at most MaxCandidates.
 func (a *Agent) collect() []Candidate {
 	var hosts, seen []Candidate
 	for _, s := range a.servers {
@@ -250,7 +250,8 @@ func (a *Agent) collect() []Candidate {
 		}
 	}
 	slices.SortStableFunc(hosts, func(x, y Candidate) int { return preference(x.Addr) - preference(y.Addr) })
-	return append(hosts[:min(len(hosts), maxHosts)], seen...)
+	hosts = hosts[:min(len(hosts), maxHosts)]
+	return slices.Concat(hosts, seen, a.mappedBeside(hosts))
 }
 
 // preference orders host addresses by how often they lead somewhere.

@@ -211,7 +211,7 @@ func (a *Agent) observed(p *peer, addr netip.AddrPort) bool {
 
 // side describes our NAT as far as it is known. Only IPv4 has NATs of the kind.
 func (a *Agent) side() (side, bool) {
-	mapped, differ := a.mapped()
+	mapped, differ := a.seen4()
 	switch {
 	case len(mapped) == 0:
 		return side{}, false
@@ -223,9 +223,9 @@ func (a *Agent) side() (side, bool) {
 	return side{nat: a.hard.nat, churn: uint16(min(a.hard.churn, 1<<16-1)), addr: mapped[0]}, true
 }
 
-// mapped returns what the servers see of our main socket over IPv4, and whether
+// seen4 returns what the servers see of our main socket over IPv4, and whether
 // they differ.
-func (a *Agent) mapped() (list []netip.AddrPort, differ bool) {
+func (a *Agent) seen4() (list []netip.AddrPort, differ bool) {
 	for _, s := range a.servers {
 		if s.fresh && s.mapped.Addr().Is4() {
 			list = append(list, s.mapped)

@@ -47,7 +47,7 @@ type ask struct {
 // known or was sampled in vain lately.
 func (a *Agent) sample(now time.Time) {
 	h := &a.hard
-	_, differ := a.mapped()
+	_, differ := a.seen4()
 	if !differ || h.nat.Mapping != 0 || !h.job.next.IsZero() || now.Before(h.again) {
 		return
 	}

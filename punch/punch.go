@@ -7,7 +7,8 @@
 // NAT traversal takes five steps, and each has its place here:
 //
 //  1. Discover: Binding requests to the servers (gather.go) tell the
-//     server-reflexive candidates; the host candidates come from SetLocal.
+//     server-reflexive candidates; the host candidates come from SetLocal, those
+//     that a router was asked for from SetMapped.
 //  2. Exchange: candidates travel as Config.OnCandidates (published) and in
 //     sealed signals (signal.go).
 //  3. Initiate: openers, a call, then checks on every candidate pair (check.go).

@@ -49,7 +49,7 @@ func rooms() map[string]room {
 			barred:  []string{"net", "os", "os/exec", "syscall"},
 			quiet:   true,
 		},
-		"punch/portmap": {foreign: []string{x + "sync"}},
+		"punch/portmap": {foreign: []string{"github.com/huin/goupnp/soap", x + "sync"}},
 		"punch/relay":   {ours: []string{"punch"}, foreign: []string{x + "crypto", x + "sync", x + "sys", x + "time"}},
 		"punch/nattest": {ours: []string{"punch"}, foreign: []string{stun}, barred: []string{"net", "os/exec"}, quiet: true},
 		"tun": {

@@ -43,6 +43,9 @@ without it is tried too. Without the flag the variable HTTPS_PROXY, or
 https_proxy, says the same; without both it stays as it was. --proxy none goes
 without one again.
 
+--port-mapping off does not ask the router to let peers in (by PCP, NAT-PMP or
+UPnP); on does so again.
+
 --offloads switches parts of the data path off, to find out which of them a
 network, a driver or a kernel does not bear: a list, separated by commas, of
 -gso and -gro (many datagrams at a time to and from the UDP sockets), -tso (large
@@ -57,6 +60,7 @@ all on again. The variable OVERLAY_OFFLOADS says the same.`,
 	f.StringVar(&v.request.Server, "server", "", "HOST:PORT of the server, instead of the invite's")
 	f.IntVar(&v.request.MTU, "mtu", 0, fmt.Sprintf("MTU of the interface (default %d)", overlay.DefaultMTU))
 	f.StringVar(&v.proxy, "proxy", "", proxyUsage)
+	f.StringVar(&v.request.PortMapping, "port-mapping", "", "on or off: ask the router for a way in (default on)")
 	f.StringVar(&v.offloads, "offloads", "", "parts of the data path to switch off: -gso,-gro,-tso,-large,+gso")
 	f.BoolVar(&v.foreground, "foreground", false, "run the daemon here, log to standard error")
 	f.BoolVar(&v.daemon, "daemon", false, "run the daemon here, log to the state directory, wait for another up")

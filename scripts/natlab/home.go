@@ -36,6 +36,8 @@ type Home struct {
 	table *nattest.Table
 	// proxy runs where the home has one.
 	proxy *Process
+	// mapper maps ports where the home has one.
+	mapper *Process
 
 	mu      sync.Mutex
 	wan     netip.Addr

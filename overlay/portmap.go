@@ -1,0 +1,84 @@
+package overlay
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"overlay/punch"
+	"overlay/punch/portmap"
+	"overlay/tun"
+)
+
+// The values of the setting that says whether routers are asked for a port.
+const (
+	portMappingOn  = "on"
+	portMappingOff = "off"
+)
+
+// newMapper makes what asks the router for a way in; nil: it shall not be asked.
+func (s *session) newMapper() error {
+	if s.settings.PortMapping == portMappingOff {
+		return nil
+	}
+	secret := sha256.Sum256(append([]byte("overlay port mapping "), s.keys.WireGuard[:]...))
+	var err error
+	s.mapper, err = portmap.New(portmap.Config{
+		Port: s.dev.Load().Port(), Name: "overlay", Secret: secret[:], OnMapping: s.mapped, Log: s.log,
+	})
+	if err != nil {
+		return fmt.Errorf("prepare port mapping: %w", err)
+	}
+	return nil
+}
+
+// mapped hands on where routers let peers in.
+func (s *session) mapped(list []portmap.Mapping) {
+	addrs := make([]netip.AddrPort, len(list))
+	by := make([]string, len(list))
+	for i, m := range list {
+		addrs[i], by[i] = m.External, m.Protocol
+		if m.DoubleNAT {
+			by[i] += " behind another NAT"
+		}
+	}
+	s.log.Info("ports mapped", "by", by)
+	s.agent.SetMapped(addrs)
+}
+
+// lookAtRouters tells the mapper which routers there are now.
+func (s *session) lookAtRouters() {
+	if s.mapper == nil {
+		return
+	}
+	list, err := tun.Gateways()
+	if err != nil {
+		s.log.Warn("routers not found", "err", err)
+		return
+	}
+	var routes []portmap.Route
+	for _, g := range list {
+		for _, local := range g.Local {
+			routes = append(routes, portmap.Route{Gateway: g.Router, Local: local, Link: g.Link})
+		}
+	}
+	s.mapper.SetRoutes(routes)
+}
+
+// checkMapping has the router asked whether the mapped port is still the same.
+func (s *session) checkMapping() {
+	if s.mapper != nil {
+		s.mapper.Check()
+	}
+}
+
+// publishable leaves out the mapped ports that the server would refuse: those on
+// an address of which it has not given a token. They travel in signals.
+func publishable(list []punch.Candidate) []punch.Candidate {
+	return slices.DeleteFunc(slices.Clone(list), func(c punch.Candidate) bool {
+		return c.Type == punch.PortMapped && !slices.ContainsFunc(list, func(o punch.Candidate) bool {
+			return o.Type == punch.ServerReflexive && len(o.Token) > 0 && o.Addr.Addr() == c.Addr.Addr()
+		})
+	})
+}

@@ -213,7 +213,7 @@ func (e *endpoints) write(p punch.Path) (moved bool) {
 	var err error
 	if p.Addr.IsValid() {
 		e.dev.SetRoundTrip(k, p.RTT)
-		err = e.dev.SetEndpoint(k, p.Addr, p.Local)
+		err = e.dev.SetEndpoint(k, p.Addr, p.Local.Addr())
 	} else {
 		err = e.dev.ClearEndpoint(k)
 	}

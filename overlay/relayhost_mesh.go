@@ -185,7 +185,7 @@ func (h *relayHost) known(device trust.Key) bool {
 func (h *relayHost) answer(b []byte, from, _ netip.AddrPort) []byte {
 	const response = 0x01 // first byte of a STUN response, RFC 8489 section 5
 	if len(b) > 0 && b[0] == response {
-		h.agent.Receive(b, from, netip.Addr{})
+		h.agent.Receive(b, from, netip.AddrPort{})
 		return nil
 	}
 	return punch.AnswerBinding(b, from, func(user []byte) (key, token []byte, ok bool) {
@@ -199,7 +199,7 @@ func (h *relayHost) answer(b []byte, from, _ netip.AddrPort) []byte {
 
 var errNoFamily = errors.New("no socket of this address family")
 
-func (h *relayHost) send(b []byte, to netip.AddrPort, _ netip.Addr, _ int) error {
+func (h *relayHost) send(b []byte, to, _ netip.AddrPort, _ int) error {
 	ok, err := h.sockets.send(b, net.UDPAddrFromAddrPort(to))
 	if !ok {
 		return errNoFamily

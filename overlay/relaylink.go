@@ -32,7 +32,7 @@ func (s *session) newLinks() *links {
 		relays: s.agent.SetRelays,
 		open:   s.openLink,
 		send: func(b []byte, to netip.AddrPort) error {
-			return s.sendUDP(b, to, netip.Addr{}, 0)
+			return s.sendUDP(b, to, netip.AddrPort{}, 0)
 		},
 		servers: s.relayServers,
 		publish: s.control.publish,
@@ -50,7 +50,7 @@ func (s *session) openLink(k *relayLink, boot uint64) (relayClient, error) {
 		Device:      s.keys.Device,
 		Credentials: s.credentials,
 		Boot:        s.settings.Boot + boot,
-		Send:        func(b []byte, to netip.AddrPort) error { return s.sendUDP(b, to, netip.Addr{}, 0) },
+		Send:        func(b []byte, to netip.AddrPort) error { return s.sendUDP(b, to, netip.AddrPort{}, 0) },
 		Dial:        func(ctx context.Context) (net.Conn, [16]byte, error) { return s.dialRelay(ctx, k) },
 		Deliver:     func(run []byte) { s.dev.Load().Deliver(k.id, run) },
 		OnState:     func(st relay.State) { s.links.onState(k, st) },
@@ -195,7 +195,7 @@ func (s *session) receive(b []byte, from netip.AddrPort, at netip.Addr) {
 	case b[0] == relay.SignalByte:
 		s.relayedSignal(b[1:], from)
 	default:
-		s.agent.Receive(b, from, at)
+		s.agent.Receive(b, from, netip.AddrPortFrom(at, 0))
 	}
 }
 

@@ -111,7 +111,7 @@ func TestSignalsThroughRelays(t *testing.T) {
 		agent := func(n testNode, signal func(punch.Key, []byte) error) *punch.Agent {
 			a := must[*punch.Agent](t)(punch.New(punch.Config{
 				PrivateKey: n.w, Mesh: m.hash, Signal: signal,
-				Send: func([]byte, netip.AddrPort, netip.Addr, int) error { return nil },
+				Send: func([]byte, netip.AddrPort, netip.AddrPort, int) error { return nil },
 			}))
 			go func() { _ = a.Run(t.Context()) }()
 			return a

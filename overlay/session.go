@@ -226,12 +226,12 @@ func (s *session) overlaps() []string {
 	return list
 }
 
-func (s *session) sendUDP(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
+func (s *session) sendUDP(b []byte, to, from netip.AddrPort, ttl int) error {
 	dev := s.dev.Load()
 	if dev == nil {
 		return errNoDevice
 	}
-	return dev.Send(b, to, from, ttl)
+	return dev.Send(b, to, from.Addr(), ttl)
 }
 
 var errNoDevice = errors.New("the interface is not open yet")

@@ -7,6 +7,9 @@ func plain(addr netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
 }
 
+// socket names one of our sockets by its port; 0 is the node's UDP port.
+func socket(port uint16) netip.AddrPort { return netip.AddrPortFrom(netip.Addr{}, port) }
+
 // probeable reports whether packets may be sent to an address that somebody
 // else named.
 func probeable(addr netip.AddrPort) bool {

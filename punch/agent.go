@@ -50,7 +50,7 @@ type Agent struct {
 type datagram struct {
 	b    []byte
 	to   netip.AddrPort
-	from netip.Addr
+	from netip.AddrPort
 	ttl  int
 }
 
@@ -322,7 +322,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 			a.forget(q)
 			q.suspect = true
 			q.sent = time.Time{}
-			q.local = netip.Addr{}
+			q.local = socket(q.local.Port())
 		}
 		p.series = time.Time{}
 		p.backoff = 0

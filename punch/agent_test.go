@@ -12,7 +12,7 @@ const (
 )
 
 func TestNewRefuses(t *testing.T) {
-	send := func([]byte, netip.AddrPort, netip.Addr, int) error { return nil }
+	send := func([]byte, netip.AddrPort, netip.AddrPort, int) error { return nil }
 	if _, err := New(Config{Send: send}); err == nil {
 		t.Error("a private key of zero is accepted")
 	}

@@ -242,10 +242,10 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 // outgoing says how a check leaves.
 type outgoing struct {
 	now  time.Time
-	from netip.Addr  // zero: the system chooses
-	ttl  int         // 0: the default
-	ping chan<- Path // gets the answer; nil: nobody waits
-	lost bool        // says that we have no session
+	from netip.AddrPort // own socket and address; zero: the main one, the system chooses
+	ttl  int            // 0: the default
+	ping chan<- Path    // gets the answer; nil: nobody waits
+	lost bool           // says that we have no session
 }
 
 // sendCheck sends a check on a pair if the limits allow it.

@@ -20,7 +20,7 @@ func TestSecondAddress(t *testing.T) {
 		rest(time.Second)
 		a.wantPath(b, second)
 		b.wantPath(a, a.outer)
-		if path, _ := b.Path(a.key); path.Local != second.Addr() {
+		if path, _ := b.Path(a.key); path.Local.Addr() != second.Addr() {
 			t.Errorf("b sends from %v", path.Local)
 		}
 		b.talk(a, time.Minute, true)
@@ -45,17 +45,17 @@ func TestLocalAddressStays(t *testing.T) {
 			a.talk(b, time.Second, true)
 			b.talk(a, time.Second, true)
 		}
-		if path, _ := b.Path(a.key); path.Local != b.outer.Addr() || len(b.toldPaths()) != told {
+		if path, _ := b.Path(a.key); path.Local.Addr() != b.outer.Addr() || len(b.toldPaths()) != told {
 			t.Errorf("b sends from %v after %d changes", path.Local, len(b.toldPaths())-told)
 		}
 		b.move(second.String())
 		b.alias(netip.AddrPort{})
 		b.NetworkChanged()
 		rest(time.Second)
-		if path, _ := b.Path(a.key); path.Local != second.Addr() {
+		if path, _ := b.Path(a.key); path.Local.Addr() != second.Addr() {
 			t.Errorf("b sends from %v after its move", path.Local)
 		}
-		if last := b.toldPaths()[len(b.toldPaths())-1]; last.Local != second.Addr() {
+		if last := b.toldPaths()[len(b.toldPaths())-1]; last.Local.Addr() != second.Addr() {
 			t.Errorf("b was told to send from %v", last.Local)
 		}
 	})

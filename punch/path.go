@@ -315,13 +315,13 @@ func (a *Agent) expire(p *peer, now time.Time) {
 
 // accept takes the answer to a check, which arrived at an address of ours: the
 // pair is valid. The first answer settles from which address it is used.
-func (a *Agent) accept(t transaction, at netip.Addr, now time.Time) {
+func (a *Agent) accept(t transaction, at netip.AddrPort, now time.Time) {
 	p, q := t.peer, t.pair
 	p.hear(q, now)
 	if q.relayed() {
-		at, q.late = netip.Addr{}, time.Time{}
+		at, q.late = netip.AddrPort{}, time.Time{}
 	}
-	rerouted := q.local != at && !q.from().IsValid()
+	rerouted := q.local != at && !q.from().Addr().IsValid()
 	if rerouted {
 		q.local = at
 	}
@@ -350,11 +350,11 @@ func (a *Agent) accept(t transaction, at netip.Addr, now time.Time) {
 	}
 }
 
-// from is the own address from which packets of the pair leave; zero where
-// none is proven, or not any more: then the system chooses.
-func (q *pair) from() netip.Addr {
+// from is the own socket and address from which packets of the pair leave. The
+// address is zero where none is proven, or not any more: then the system chooses.
+func (q *pair) from() netip.AddrPort {
 	if !q.valid || q.suspect {
-		return netip.Addr{}
+		return socket(q.local.Port())
 	}
 	return q.local
 }

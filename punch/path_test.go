@@ -307,7 +307,7 @@ func TestRestart(t *testing.T) {
 		a.wantPath(again, again.outer)
 		elsewhere := netip.MustParseAddrPort("203.0.113.66:6666")
 		for _, x := range old {
-			a.Receive(x.b, elsewhere, netip.Addr{})
+			a.Receive(x.b, elsewhere, netip.AddrPort{})
 		}
 		rest(time.Minute)
 		if n := len(w.between(a.outer, elsewhere, time.Time{})); n > 0 {

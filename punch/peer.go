@@ -21,7 +21,7 @@ const (
 // maxOutstanding is how many checks on one pair may wait for their answers.
 const maxOutstanding = 16
 
-// pair is one candidate of a peer, checked from our one UDP port.
+// pair is one candidate of a peer, checked from one of our sockets.
 type pair struct {
 	addr   netip.AddrPort
 	typ    CandidateType
@@ -35,12 +35,12 @@ type pair struct {
 	sent    time.Time // last packet since the network changed
 	waiting []transactionID
 
-	local    netip.Addr // of ours, at which the answer arrived; zero: any
-	valid    bool       // answered an authenticated check
-	suspect  bool       // did not answer lately
-	answered time.Time  // last answer
-	heard    time.Time  // last authenticated message from there
-	since    time.Time  // when it was first heard
+	local    netip.AddrPort // ours: the socket, and where the answer arrived; zero: any
+	valid    bool           // answered an authenticated check
+	suspect  bool           // did not answer lately
+	answered time.Time      // last answer
+	heard    time.Time      // last authenticated message from there
+	since    time.Time      // when it was first heard
 	rtt      time.Duration
 	varied   time.Duration // mean deviation of the RTT
 	samples  int
@@ -147,9 +147,10 @@ func (p *peer) path() Path {
 	return path
 }
 
-func (p *peer) find(addr netip.AddrPort) *pair {
+// find returns the pair of an address of the peer and one of our sockets.
+func (p *peer) find(addr netip.AddrPort, port uint16) *pair {
 	for _, q := range p.pairs {
-		if q.addr == addr {
+		if q.addr == addr && q.local.Port() == port {
 			return q
 		}
 	}
@@ -165,12 +166,12 @@ func (a *Agent) setCandidates(p *peer, list []Candidate, from source) bool {
 	added := false
 	for _, c := range list {
 		addr := plain(c.Addr)
-		q := p.find(addr)
+		q := p.find(addr, 0)
 		if c.Type == Relayed || !a.allowed(addr) || q != nil && q.relayed() {
 			continue
 		}
 		if q == nil {
-			if q = a.addPair(p, addr); q == nil {
+			if q = a.addPair(p, addr, 0); q == nil {
 				continue
 			}
 			added = true
@@ -192,7 +193,7 @@ func (a *Agent) setCandidates(p *peer, list []Candidate, from source) bool {
 
 // addPair makes room for one more pair. Pairs that nobody names any more go
 // first, then those learnt longest ago; nil: all are worth more.
-func (a *Agent) addPair(p *peer, addr netip.AddrPort) *pair {
+func (a *Agent) addPair(p *peer, addr netip.AddrPort, port uint16) *pair {
 	count := 0
 	for _, q := range p.pairs {
 		if !q.relayed() {
@@ -216,16 +217,16 @@ func (a *Agent) addPair(p *peer, addr netip.AddrPort) *pair {
 		a.forget(p.pairs[worst])
 		p.pairs = slices.Delete(p.pairs, worst, worst+1)
 	}
-	q := &pair{addr: addr}
+	q := &pair{addr: addr, local: socket(port)}
 	p.pairs = append(p.pairs, q)
 	return q
 }
 
-// learn returns the pair of an authenticated check.
-func (a *Agent) learn(p *peer, addr netip.AddrPort) *pair {
-	q := p.find(addr)
+// learn returns the pair of an authenticated check that one of our sockets got.
+func (a *Agent) learn(p *peer, addr netip.AddrPort, port uint16) *pair {
+	q := p.find(addr, port)
 	if q == nil && a.allowed(addr) {
-		if q = a.addPair(p, addr); q != nil {
+		if q = a.addPair(p, addr, port); q != nil {
 			q.typ = PeerReflexive
 			a.log.Debug("peer-reflexive candidate", "peer", p, "addr", addr)
 		}

@@ -74,13 +74,14 @@ type Peer struct {
 // Path is the way to a peer: Addr answered an authenticated check, or is the
 // handle of a relay (Type Relayed), which is used before it answers. The zero
 // Addr means that there is no path. Packets leave from Local, at which the answer
-// arrived; the zero Local leaves the choice to the system. While one way replaces
+// arrived: its port is 0 for the node's UDP port, or names a
+// spare socket; a zero address leaves the choice to the system. While one way replaces
 // another or is in doubt, all packets also go to Also; the zero Also means that
 // they do not.
 type Path struct {
 	Peer  Key
 	Addr  netip.AddrPort
-	Local netip.Addr
+	Local netip.AddrPort
 	Also  netip.AddrPort
 	Type  CandidateType // of the remote candidate
 	RTT   time.Duration // smoothed; an estimate before the first answer over a relay
@@ -102,9 +103,10 @@ type Config struct {
 	// Peers refuse a lower one for 30 s, and one lower than two others for ever.
 	Boot uint64
 
-	// Send sends a datagram from the node's UDP port and the local address from;
-	// zero means that the system chooses. ttl 0 means the default.
-	Send func(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error
+	// Send sends a datagram from a local socket and address: the port of from is 0
+	// for the node's UDP port, or names a spare socket; a zero address means that
+	// the system chooses. ttl 0 means the default.
+	Send func(b []byte, to, from netip.AddrPort, ttl int) error
 	// Signal carries a sealed message to a peer through a relay or the server.
 	// An error means that there is no way now; the agent goes on without.
 	Signal func(to Key, sealed []byte) error

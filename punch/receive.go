@@ -8,11 +8,12 @@ import (
 	"github.com/pion/stun/v2"
 )
 
-// Receive takes a datagram that looks like STUN from the node's UDP port, where
-// it arrived at the local address at; zero: unknown. b is used only during the
-// call. Answers leave from within the call, and from that address; nothing else
-// is called back. Whatever is not authentic is dropped without a trace.
-func (a *Agent) Receive(b []byte, from netip.AddrPort, at netip.Addr) {
+// Receive takes a datagram that looks like STUN. It arrived at the local address
+// at, if that is known; the port is 0 on the node's UDP port and names a
+// spare socket otherwise. b is used only during the call. Answers leave from within
+// the call, and from that address; nothing else is called back. Whatever is not
+// authentic is dropped without a trace.
+func (a *Agent) Receive(b []byte, from, at netip.AddrPort) {
 	m, err := decode(b)
 	if err != nil {
 		return
@@ -31,7 +32,7 @@ func (a *Agent) Receive(b []byte, from netip.AddrPort, at netip.Addr) {
 	a.perform(sends)
 }
 
-func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, at netip.Addr, now time.Time) {
+func (a *Agent) receiveCheck(m *stun.Message, from, at netip.AddrPort, now time.Time) {
 	c, err := checkOf(m)
 	if err != nil {
 		return
@@ -47,13 +48,13 @@ func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, at netip.Addr
 	if c.lost {
 		a.sessionLost(p, now)
 	}
-	q := a.learn(p, from)
+	q := a.learn(p, from, at.Port())
 	if q == nil {
 		return
 	}
 	p.hear(q, now)
 	if q.relayed() {
-		at = netip.Addr{}
+		at = netip.AddrPort{}
 	} else { // over a relay it says nothing about the peer's NAT
 		p.released[family(from)] = true
 		a.release(p, now)
@@ -69,7 +70,7 @@ func (a *Agent) receiveCheck(m *stun.Message, from netip.AddrPort, at netip.Addr
 	}
 	if !q.valid || q.suspect || now.Sub(q.answered) > enough {
 		source := q.from()
-		if !source.IsValid() {
+		if !source.Addr().IsValid() {
 			source = at // where the peer can reach us, it may expect us from
 		}
 		a.sendCheck(p, q, outgoing{now: now, from: source})
@@ -89,18 +90,18 @@ func (a *Agent) reply(p *peer, q *pair, id transactionID, how outgoing) {
 	a.post(p, q, datagram{b: b, to: q.addr, from: how.from}, how.now)
 }
 
-func (a *Agent) receiveAnswer(m *stun.Message, from netip.AddrPort, at netip.Addr, now time.Time) {
+func (a *Agent) receiveAnswer(m *stun.Message, from, at netip.AddrPort, now time.Time) {
 	t, ok := a.sent[m.TransactionID]
 	if !ok {
 		return
 	}
 	if t.server != nil {
-		if from == t.server.Addr {
+		if from == t.server.Addr && at.Port() == 0 {
 			a.mapping(t.server, m, now)
 		}
 		return
 	}
-	if from != t.pair.addr || stun.MessageIntegrity(t.peer.secrets.check).Check(m) != nil {
+	if from != t.pair.addr || at.Port() != t.pair.local.Port() || stun.MessageIntegrity(t.peer.secrets.check).Check(m) != nil {
 		return
 	}
 	delete(a.sent, m.TransactionID)

@@ -90,24 +90,24 @@ func TestForgedMapping(t *testing.T) {
 		rest(time.Millisecond)
 		request := w.all()[0]
 		good := serverAnswer(t, request)
-		a.Receive(good, netip.MustParseAddrPort("198.51.100.9:3478"), netip.Addr{})
-		a.Receive(mutate(good, 8), stunAddr(), netip.Addr{})           // transaction id
-		a.Receive(mutate(good, len(good)-1), stunAddr(), netip.Addr{}) // integrity
-		a.Receive(good[:len(good)-24], stunAddr(), netip.Addr{})
+		a.Receive(good, netip.MustParseAddrPort("198.51.100.9:3478"), netip.AddrPort{})
+		a.Receive(mutate(good, 8), stunAddr(), netip.AddrPort{})           // transaction id
+		a.Receive(mutate(good, len(good)-1), stunAddr(), netip.AddrPort{}) // integrity
+		a.Receive(good[:len(good)-24], stunAddr(), netip.AddrPort{})
 		m, err := stun.Build(stun.NewTransactionIDSetter(transactionID(request.b[8:20])), stun.BindingSuccess,
 			&stun.XORMappedAddress{IP: []byte{203, 0, 113, 9}, Port: 9})
 		if err != nil {
 			t.Fatal(err)
 		}
-		a.Receive(m.Raw, stunAddr(), netip.Addr{}) // no integrity
+		a.Receive(m.Raw, stunAddr(), netip.AddrPort{}) // no integrity
 		if got := a.Candidates(); len(got) > 0 {
 			t.Fatalf("candidates %v", got)
 		}
-		a.Receive(good, stunAddr(), netip.Addr{})
+		a.Receive(good, stunAddr(), netip.AddrPort{})
 		if got := a.Candidates(); len(got) != 1 {
 			t.Errorf("candidates %v after the answer", got)
 		}
-		a.Receive(good, stunAddr(), netip.Addr{})
+		a.Receive(good, stunAddr(), netip.AddrPort{})
 		rest(time.Second) // the round is over
 		if n := len(w.all()); n != 1 {
 			t.Errorf("%d requests", n)
@@ -128,13 +128,13 @@ func TestUnverifiedAddress(t *testing.T) {
 		a, b := connected(w)
 		victim := netip.MustParseAddrPort("203.0.113.66:6666")
 		fresh := b.checkFor(t, a)
-		a.Receive(mutate(fresh, len(fresh)-1), victim, netip.Addr{})
-		a.Receive(mutate(fresh, 26), victim, netip.Addr{}) // user name
+		a.Receive(mutate(fresh, len(fresh)-1), victim, netip.AddrPort{})
+		a.Receive(mutate(fresh, 26), victim, netip.AddrPort{}) // user name
 		if n := len(w.between(a.outer, victim, time.Time{})); n > 0 {
 			t.Fatalf("%d packets in reply to forgeries", n)
 		}
 		for range 3 {
-			a.Receive(fresh, victim, netip.Addr{})
+			a.Receive(fresh, victim, netip.AddrPort{})
 		}
 		rest(3 * time.Second)
 		sent := w.between(a.outer, victim, time.Time{})
@@ -158,7 +158,7 @@ func TestAddressLimits(t *testing.T) {
 		victim := netip.MustParseAddr("203.0.113.66")
 		var at []time.Time
 		for i := range 3000 {
-			a.Receive(b.checkFor(t, a), netip.AddrPortFrom(victim, uint16(1+i%40)), netip.Addr{})
+			a.Receive(b.checkFor(t, a), netip.AddrPortFrom(victim, uint16(1+i%40)), netip.AddrPort{})
 			rest(time.Millisecond)
 		}
 		perPort := map[netip.AddrPort][]time.Time{}
@@ -251,7 +251,7 @@ func fuzzAgents(f *testing.F) (a, b *node, sends *int) {
 		agent, err := New(Config{
 			PrivateKey: [32]byte(private.Bytes()),
 			Nonces:     [2]Nonce{{byte(i + 1)}, {byte(i + 1), 1}},
-			Send:       func([]byte, netip.AddrPort, netip.Addr, int) error { *sends++; return nil },
+			Send:       func([]byte, netip.AddrPort, netip.AddrPort, int) error { *sends++; return nil },
 		})
 		if err != nil {
 			f.Fatal(err)
@@ -282,7 +282,7 @@ func FuzzReceive(f *testing.F) {
 	f.Fuzz(func(t *testing.T, x []byte) {
 		before := *sends
 		from := netip.MustParseAddrPort("203.0.113.66:6666")
-		a.Receive(x, from, netip.Addr{})
+		a.Receive(x, from, netip.AddrPort{})
 		if *sends != before && !authentic(a, b, x) {
 			t.Fatal("a reply to what the peer did not send")
 		}

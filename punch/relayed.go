@@ -78,7 +78,7 @@ func (p *peer) setRelay(r Relay, now time.Time) {
 	if !addr.IsValid() {
 		return
 	}
-	q := p.find(addr)
+	q := p.find(addr, 0)
 	if q == nil {
 		q = &pair{addr: addr, typ: Relayed, source: relay}
 		p.pairs = append(p.pairs, q)

@@ -161,7 +161,7 @@ func TestRelaysAreNoCandidates(t *testing.T) {
 				sources |= q.source
 			}
 		}
-		if count != 2 || sources != relay || p.find(b.handle(7)) != nil {
+		if count != 2 || sources != relay || p.find(b.handle(7), 0) != nil {
 			t.Errorf("%d relayed pairs of sources %v", count, sources)
 		}
 		a.Agent.mu.Unlock()

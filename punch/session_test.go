@@ -29,8 +29,8 @@ func TestSessionLost(t *testing.T) {
 			t.Fatalf("told %d times: %v", len(b.hints()), b.hints())
 		}
 		for _, x := range w.between(a.outer, b.outer, begin) {
-			b.Receive(x.b, x.from, netip.Addr{})
-			b.Receive(mutate(x.b, 30), x.from, netip.Addr{})
+			b.Receive(x.b, x.from, netip.AddrPort{})
+			b.Receive(mutate(x.b, 30), x.from, netip.AddrPort{})
 		}
 		rest(2 * time.Second)
 		if len(b.hints()) != 1 {
@@ -80,7 +80,7 @@ func TestSessionLostFlood(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			b.Receive(x, a.outer, netip.Addr{})
+			b.Receive(x, a.outer, netip.AddrPort{})
 			rest(10 * time.Millisecond)
 		}
 		if n := len(b.hints()); n < 4 || n > 6 {

@@ -153,12 +153,12 @@ func meet(a, b *node) {
 	b.SetPeer(a.info())
 }
 
-func (n *node) send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
+func (n *node) send(b []byte, to, from netip.AddrPort, ttl int) error {
 	w := n.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	x := wire{at: time.Now(), from: n.outer, to: to, ttl: ttl, b: bytes.Clone(b)}
-	if from.IsValid() && from == n.other.Addr() {
+	if from.Addr().IsValid() && from.Addr() == n.other.Addr() {
 		x.from = n.other
 	}
 	if overRelay(to) {
@@ -179,7 +179,7 @@ func (n *node) send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error
 func (w *world) arrive(from *node, x wire) {
 	if x.to.Addr() == stunAddr().Addr() {
 		reply := serverAnswer(w.t, x)
-		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to, x.from.Addr()) })
+		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to, netip.AddrPortFrom(x.from.Addr(), 0)) })
 		return
 	}
 	w.mu.Lock()
@@ -188,7 +188,7 @@ func (w *world) arrive(from *node, x wire) {
 	})
 	w.mu.Unlock()
 	if i >= 0 {
-		w.nodes[i].Receive(x.b, x.from, x.to.Addr())
+		w.nodes[i].Receive(x.b, x.from, netip.AddrPortFrom(x.to.Addr(), 0))
 	}
 }
 

@@ -101,7 +101,7 @@ func (n *Node) receive(b []byte, from netip.AddrPort) {
 	n.audit.received(b, from)
 	if !bytes.HasPrefix(b, []byte(dataHeader)) {
 		if a := n.current(); a != nil {
-			a.Receive(b, from, netip.Addr{})
+			a.Receive(b, from, netip.AddrPort{})
 		}
 		return
 	}

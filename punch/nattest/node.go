@@ -206,7 +206,7 @@ func (n *Node) learn(peer *Node) {
 	}
 }
 
-func (n *Node) sendPacket(b []byte, to netip.AddrPort, _ netip.Addr, ttl int) error {
+func (n *Node) sendPacket(b []byte, to, _ netip.AddrPort, ttl int) error {
 	if relay, peer, ok := n.world.relayTo(to); ok {
 		n.audit.relayed(b, to, ttl)
 		return relay.forward(n, peer, b)

@@ -65,7 +65,7 @@ func askByAgent(t *testing.T, from *Host, server netip.AddrPort) netip.AddrPort 
 	seen := make(chan netip.AddrPort, 16)
 	agent, err := punch.New(punch.Config{
 		PrivateKey: [32]byte{1},
-		Send: func(b []byte, to netip.AddrPort, _ netip.Addr, _ int) error {
+		Send: func(b []byte, to netip.AddrPort, _ netip.AddrPort, _ int) error {
 			_, err := conn.WriteToUDPAddrPort(b, to)
 			return err
 		},
@@ -95,7 +95,7 @@ func askByAgent(t *testing.T, from *Host, server netip.AddrPort) netip.AddrPort 
 			if err != nil {
 				return nil // closed
 			}
-			agent.Receive(b[:n], from, netip.Addr{})
+			agent.Receive(b[:n], from, netip.AddrPort{})
 		}
 	})
 	for {

@@ -79,7 +79,7 @@ func TestStepTexts(t *testing.T) {
 		{signalStep(h, punch.Explanation{}), "", "nothing was said yet"},
 		{signalStep(h, punch.Explanation{Signals: punch.Signals{Sent: 1, LastSent: now}}), "", "1 sent, 0 heard"},
 		{signalStep(h, punch.Explanation{Signals: punch.Signals{Sent: 1, LastSent: now.Add(-time.Minute)}}), stepFailed, "1 sent, 0 heard"},
-		{checkStep(h), stepFailed, "21 and 3 openers to 2 addresses since 60 s ago: 0 answered, 0 of bob's heard"},
+		{checkStep(h), stepFailed, "21 and 3 openers to 2 addresses in 60 s: 0 answered, 0 of bob's heard"},
 		{checkStep(hurdles{now: now}), "", "none was sent"},
 	} {
 		if x.got.State != x.state || x.got.Text != x.text {

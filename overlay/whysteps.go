@@ -33,7 +33,13 @@ func (s *session) steps(h hurdles, e punch.Explanation, w Why) []WhyStep {
 	} else if h.totals.answers > 0 {
 		path.Text = "none answers now"
 	}
-	return append(list, path)
+	list = append(list, path)
+	for i := range list {
+		if list[i].Name == w.Failed {
+			list[i].State = stepFailed // where that was not sure by itself
+		}
+	}
+	return list
 }
 
 // verdictOf is a step's state; known says that it is known at all.
@@ -118,8 +124,8 @@ func checkStep(h hurdles) WhyStep {
 		return step
 	}
 	step.State = verdictOf(t.answers > 0, t.answers > 0 || h.now.Sub(t.first) > lookFor)
-	step.Text = fmt.Sprintf("%d and %d openers to %s since %s: %d answered, %d of %s's heard",
-		t.checks, t.openers, addresses(t.tried), ago(t.first, h.now), t.answers, t.heard, h.peer)
+	step.Text = fmt.Sprintf("%d and %d openers to %s in %d s: %d answered, %d of %s's heard",
+		t.checks, t.openers, addresses(t.tried), int(h.now.Sub(t.first).Seconds()), t.answers, t.heard, h.peer)
 	return step
 }
 
@@ -134,6 +140,8 @@ func addresses(n int) string {
 func ago(t, now time.Time) string {
 	d := now.Sub(t)
 	switch {
+	case d < time.Second:
+		return "now"
 	case d < 2*time.Minute:
 		return fmt.Sprintf("%d s ago", int(d.Seconds()))
 	case d < 2*time.Hour:

@@ -358,6 +358,10 @@ func via(t punch.CandidateType) string {
 		return "prflx"
 	case punch.PortMapped:
 		return "mapped"
+	case punch.Predicted:
+		return "predicted"
+	case punch.Birthday:
+		return "birthday"
 	}
 	return ""
 }

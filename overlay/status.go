@@ -82,7 +82,7 @@ func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 		return st
 	}
 	e, _ := s.agent.Explain(punch.Key(m.cert.WireGuard))
-	st.Reason = s.hurdlesTo(m, e, st.Via != "").reason()
+	st.Reason = s.hurdlesTo(m, e, st.Via != "" && alive(e)).reason()
 	return st
 }
 

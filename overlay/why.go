@@ -191,7 +191,8 @@ func (s *session) why(name string, full bool) (Why, error) {
 	if e.Path.RTT > 0 {
 		w.RTTms = milliseconds(e.Path.RTT)
 	}
-	h := s.hurdlesTo(m, e, w.Path.Via != "")
+	reached := w.Path.Via != "" && alive(e)
+	h := s.hurdlesTo(m, e, reached)
 	if h.totals.answers+h.totals.heard > 0 { // whatever servers say
 		w.Here.UDP, w.There.UDP = udpPasses, udpPasses
 	}
@@ -203,10 +204,17 @@ func (s *session) why(name string, full bool) (Why, error) {
 	} else {
 		d := h.diagnose()
 		w.Failed, w.Help = d.step, d.help
-		w.Verdict = w.relayedText() + ": " + d.reason
+		w.Verdict = w.relayedText(reached) + ": " + d.reason
 	}
 	w.Steps = s.steps(h, e, w)
 	return w, nil
+}
+
+// alive reports whether the path in use is one that answers, or did not have to yet.
+func alive(e punch.Explanation) bool {
+	return slices.ContainsFunc(e.Pairs, func(r punch.PairReport) bool {
+		return r.Selected && r.State != punch.PairSuspect && r.Obstacle != punch.NotAtRelay
+	})
 }
 
 // ownSide is this machine's network; mu is held.
@@ -234,6 +242,9 @@ func (s *session) ownSide(full bool) Side {
 		side.UDP = udpBlocked
 	}
 	side.NAT = natStatus(seen, own)
+	if side.NAT.hard() && n.NAT.Allocation != 0 {
+		side.NAT = describeNAT(n.NAT) // from more sockets
+	}
 	if full {
 		side.Port = n.Port
 	}
@@ -271,6 +282,9 @@ func peerSide(m *member, e punch.Explanation, full bool) Side {
 		side.UDP = udpBlocked
 	}
 	side.NAT.Mapping = mappingSeen(seen, named)
+	if e.NAT.Mapping != 0 {
+		side.NAT = describeNAT(e.NAT)
+	}
 	return side
 }
 

@@ -111,7 +111,7 @@ func TestDirectVerdict(t *testing.T) {
 		{Kind: "relay", Relay: "fra", Via: "relay-tls"}: "bob is reached over relay fra (tls)",
 	} {
 		w.Path = path
-		if got := w.relayedText(); got != want {
+		if got := w.relayedText(path.Via != ""); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}

@@ -198,13 +198,13 @@ func kindText(via string) string {
 }
 
 // relayedText begins the verdict on a path that is not direct.
-func (w *Why) relayedText() string {
-	if w.Path.Kind != "relay" {
-		return w.Name + " is not reached"
-	}
+func (w *Why) relayedText(reached bool) string {
 	over, _ := strings.CutPrefix(w.Path.Via, "relay-")
-	if over == "" {
+	switch {
+	case w.Path.Kind == "relay" && over == "":
 		return fmt.Sprintf("%s is to be reached over relay %s, which is down", w.Name, w.Path.Relay)
+	case !reached:
+		return w.Name + " is not reached"
 	}
 	return fmt.Sprintf("%s is reached over relay %s (%s)", w.Name, w.Path.Relay, over)
 }

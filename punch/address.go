@@ -97,7 +97,7 @@ func (a *Agent) eligible(p *peer, q *pair) bool {
 		return false
 	}
 	ip := q.addr.Addr()
-	if q.valid || q.typ == PeerReflexive || !private(ip) || a.onLink(ip) {
+	if q.valid || q.typ.revealed() || !private(ip) || a.onLink(ip) {
 		return true
 	}
 	return a.samePublic(p)

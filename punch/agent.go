@@ -40,6 +40,7 @@ type Agent struct {
 	tellAt  time.Time   // zero: nothing to tell
 
 	refreshes refresher
+	hard      hard
 
 	activeUntil time.Time     // some peer has traffic
 	moved       chan struct{} // closed and replaced at every change of a path
@@ -163,8 +164,9 @@ func (a *Agent) turn(now time.Time) time.Time {
 			a.queue.set(p, later(next, now.Add(minStep)))
 		}
 	}
+	a.hardTurn(now)
 	a.tell(now)
-	next := earliest(a.gatherNext(now), a.tellAt, a.queue.first())
+	next := earliest(a.gatherNext(now), a.hardTurnNext(), a.tellAt, a.queue.first())
 	sends, effects := a.take(), a.effects
 	a.effects = nil
 	a.mu.Unlock()
@@ -319,6 +321,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 		s.fresh = false
 	}
 	a.startGather(now)
+	a.leaveHard(now)
 	for _, p := range a.peers {
 		for _, q := range p.pairs {
 			a.forget(q)

@@ -126,7 +126,7 @@ func (a *Agent) call(p *peer, now time.Time) {
 // were never part of a round. A relay needs no opener.
 func (a *Agent) open(p *peer, now time.Time, untried bool) {
 	for _, q := range p.pairs {
-		if untried && q.tried || !a.eligible(p, q) || q.typ == PeerReflexive && !q.valid {
+		if untried && q.tried || !a.eligible(p, q) || q.typ.revealed() && !q.valid {
 			continue
 		}
 		if q.relayed() && !q.reachable() {
@@ -218,6 +218,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		counter:    p.counter,
 		nonce:      a.cfg.Nonces[0],
 		candidates: a.own,
+		hard:       p.meeting.mine,
 	}
 	for _, q := range p.pairs {
 		if !a.near(q.addr) && !q.relayed() && !q.sent.IsZero() && now.Sub(q.sent) < openFor {

@@ -15,6 +15,7 @@ type Explanation struct {
 	Before  Path      // what it took over from; the zero Addr: nothing
 	Attempt Attempt   // the search for a direct path; zero while there is one
 	Retry   time.Time // when the peer is called next; zero: not planned
+	NAT     NAT       // the peer's, as it told; zero: not told
 	Signals Signals
 	Pairs   []PairReport // at most MaxCandidates, and MaxRelays over relays
 	Refused []Refusal    // candidates that made no pair; at most MaxCandidates
@@ -167,7 +168,7 @@ func (a *Agent) Explain(k Key) (Explanation, bool) {
 	now := time.Now()
 	e := Explanation{
 		Online: p.online, Attempt: a.attempt(p), Retry: p.retryAt, Signals: p.talked,
-		Refused: slices.Clone(p.refused),
+		Refused: slices.Clone(p.refused), NAT: p.meeting.theirs.nat,
 	}
 	if p.selected != nil {
 		e.Path, e.Since, e.Before = p.path(), p.history.since, p.history.before
@@ -286,6 +287,7 @@ type Network struct {
 	Local   []netip.Prefix // addresses of the interfaces
 	Port    uint16         // ours
 	Changed time.Time      // when it changed last; zero: not since the start
+	NAT     NAT            // as spare sockets saw it; zero: there was no need to look
 	Servers []ServerReport
 }
 
@@ -302,7 +304,7 @@ type ServerReport struct {
 func (a *Agent) Network() Network {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	n := Network{Local: slices.Clone(a.local), Port: a.port, Changed: a.changed}
+	n := Network{Local: slices.Clone(a.local), Port: a.port, Changed: a.changed, NAT: a.hard.nat}
 	for _, s := range a.servers {
 		n.Servers = append(n.Servers, ServerReport{
 			Server: s.Addr, Mapped: s.mapped, Fresh: s.fresh, Asking: s.asking(), At: s.at,

@@ -102,6 +102,7 @@ type peer struct {
 	search       Attempt   // for a direct path; without what collect can tell
 	hint         hint      // that we have no session
 	hinted       time.Time // when the peer last said that it has none
+	meeting      meeting   // hard rounds
 
 	// Traffic.
 	seen        Activity
@@ -234,8 +235,8 @@ func (a *Agent) learn(p *peer, addr netip.AddrPort, port uint16) *pair {
 	q := p.find(addr, port)
 	if q == nil && a.allowed(addr) {
 		if q = a.addPair(p, addr, port); q != nil {
-			q.typ = PeerReflexive
-			a.log.Debug("peer-reflexive candidate", "peer", p, "addr", addr)
+			q.typ = a.found(p, addr, port)
+			a.log.Debug("candidate revealed", "peer", p, "addr", addr, "type", q.typ)
 		}
 	}
 	if q != nil && !q.relayed() {

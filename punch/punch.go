@@ -14,6 +14,9 @@
 //  4. Respond: a call is answered with openers, "opened", and checks at once;
 //     an authenticated check from a new address is a peer-reflexive candidate.
 //  5. Keep alive: consent, liveness and the choice of the path (path.go).
+//
+// Where a NAT gives every peer another port, so that calls fail, both sides sample
+// it (behavior.go) and agree to look for its ports together (hard.go).
 package punch
 
 import (
@@ -39,6 +42,8 @@ const (
 	PeerReflexive                            // seen by the peer in a check
 	PortMapped                               // obtained from the router
 	Relayed                                  // a handle: the way leads over a relay
+	Predicted                                // a port that a sequential NAT was expected to use
+	Birthday                                 // one of many ports that were tried
 )
 
 // MaxCandidates is how many candidates one peer may have. A longer list is
@@ -74,8 +79,8 @@ type Peer struct {
 // Path is the way to a peer: Addr answered an authenticated check, or is the
 // handle of a relay (Type Relayed), which is used before it answers. The zero
 // Addr means that there is no path. Packets leave from Local, at which the answer
-// arrived: its port is 0 for the node's UDP port, or names a
-// spare socket; a zero address leaves the choice to the system. While one way replaces
+// arrived: its port is 0 for the node's UDP port, or names one of
+// Config.OpenSockets; a zero address leaves the choice to the system. While one way replaces
 // another or is in doubt, all packets also go to Also; the zero Also means that
 // they do not.
 type Path struct {
@@ -104,9 +109,15 @@ type Config struct {
 	Boot uint64
 
 	// Send sends a datagram from a local socket and address: the port of from is 0
-	// for the node's UDP port, or names a spare socket; a zero address means that
+	// for the node's UDP port, or names one of OpenSockets; a zero address means that
 	// the system chooses. ttl 0 means the default.
 	Send func(b []byte, to, from netip.AddrPort, ttl int) error
+	// OpenSockets opens IPv4 sockets beside the node's UDP port, and CloseSockets
+	// closes some of them; they are named by their local ports. Receive gets what
+	// looks like STUN, and the paths that lead through them carry data. nil: there
+	// are none, and peers of unpredictable NATs stay on relays.
+	OpenSockets  func(count int) (ports []uint16, err error)
+	CloseSockets func(ports []uint16)
 	// Signal carries a sealed message to a peer through a relay or the server.
 	// An error means that there is no way now; the agent goes on without.
 	Signal func(to Key, sealed []byte) error

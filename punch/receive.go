@@ -9,10 +9,10 @@ import (
 )
 
 // Receive takes a datagram that looks like STUN. It arrived at the local address
-// at, if that is known; the port is 0 on the node's UDP port and names a
-// spare socket otherwise. b is used only during the call. Answers leave from within
-// the call, and from that address; nothing else is called back. Whatever is not
-// authentic is dropped without a trace.
+// at, if that is known; the port is 0 on the node's UDP port and names one of
+// Config.OpenSockets otherwise. b is used only during the call. Answers leave from
+// within the call, and from that address; nothing else is called back. Whatever is
+// not authentic is dropped without a trace.
 func (a *Agent) Receive(b []byte, from, at netip.AddrPort) {
 	m, err := decode(b)
 	if err != nil {
@@ -94,6 +94,7 @@ func (a *Agent) reply(p *peer, q *pair, id transactionID, how outgoing) {
 func (a *Agent) receiveAnswer(m *stun.Message, from, at netip.AddrPort, now time.Time) {
 	t, ok := a.sent[m.TransactionID]
 	if !ok {
+		a.hardAnswered(m, from, at, now)
 		return
 	}
 	if t.server != nil {

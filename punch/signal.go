@@ -26,7 +26,15 @@ const (
 	signalCall signalKind = iota + 1
 	// signalOpened: the answer to a call: openers are out here, too.
 	signalOpened
+	// signalPropose, signalAgree and signalGo begin a hard round: who proposes, the
+	// other side when it is ready, and who proposed when it is ready, too.
+	signalPropose
+	signalAgree
+	signalGo
 )
+
+// hard reports whether signals of the kind describe the sender's NAT.
+func (k signalKind) hard() bool { return k >= signalPropose && k <= signalGo }
 
 var (
 	errSignalSize   = errors.New("signal of wrong size")
@@ -52,8 +60,9 @@ var (
 //	+---------------+-----------------------------------------------+
 //
 // A candidate is one byte (family 4 or 6 in the high half, type in the low
-// half), 4 or 16 bytes of address, 2 bytes of port. Bytes after the lists are
-// for later versions and are ignored.
+// half), 4 or 16 bytes of address, 2 bytes of port. Signals about a hard round go
+// on with a description of the sender's NAT (side). Bytes after that are for later
+// versions and are ignored.
 type signal struct {
 	kind       signalKind
 	boot       uint64
@@ -61,6 +70,7 @@ type signal struct {
 	nonce      Nonce
 	candidates []Candidate
 	opened     []netip.AddrPort
+	hard       side // of signals about a hard round
 }
 
 func (s *signal) marshal() []byte {
@@ -75,6 +85,9 @@ func (s *signal) marshal() []byte {
 	b = append(b, byte(len(s.opened)))
 	for _, addr := range s.opened {
 		b = appendAddress(b, addr, 0)
+	}
+	if s.kind.hard() {
+		b = s.hard.append(b)
 	}
 	return b
 }
@@ -109,12 +122,17 @@ func parseSignal(b []byte) (*signal, error) {
 		}
 	}
 	s.candidates = candidates
-	opened, _, err := cutAddresses(b)
+	opened, b, err := cutAddresses(b)
 	if err != nil {
 		return nil, err
 	}
 	for _, c := range opened {
 		s.opened = append(s.opened, c.Addr)
+	}
+	if s.kind.hard() {
+		if s.hard, err = parseSide(b); err != nil {
+			return nil, err
+		}
 	}
 	return s, nil
 }
@@ -211,10 +229,14 @@ func (a *Agent) handleSignal(p *peer, s *signal, now time.Time) {
 	p.search.Answered = true
 	p.talked.Heard++
 	p.talked.LastHeard = now
+	p.meeting.follow(s.candidates)
 	a.release(p, now)
 	if s.kind == signalCall {
 		p.wantAnswer = true
 		p.wantProbe = true
 		p.uncertain = true
+	}
+	if s.kind.hard() {
+		a.hardSignal(p, s, now)
 	}
 }

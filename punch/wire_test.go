@@ -202,7 +202,18 @@ func exampleSignal() *signal {
 }
 
 func TestSignalRoundTrip(t *testing.T) {
-	want := exampleSignal()
+	for _, kind := range []signalKind{signalCall, signalGo} {
+		want := exampleSignal()
+		want.kind = kind
+		if kind.hard() {
+			want.hard = sides("203.0.113.1")["block"]
+		}
+		testSignalRoundTrip(t, want)
+	}
+}
+
+func testSignalRoundTrip(t *testing.T, want *signal) {
+	t.Helper()
 	one, _ := twoSecrets(t)
 	b := want.marshal()
 	if n := len(one.seal(b)); n > MaxSignal {
@@ -212,7 +223,7 @@ func TestSignalRoundTrip(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(signal{}), cmp.Comparer(func(x, y netip.AddrPort) bool { return x == y })); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(signal{}, side{}), cmp.Comparer(func(x, y netip.AddrPort) bool { return x == y })); diff != "" {
 		t.Errorf("signal (-want +got):\n%s", diff)
 	}
 	for n := range b {
@@ -239,6 +250,10 @@ func TestSignalRefuses(t *testing.T) {
 
 func FuzzParseSignal(f *testing.F) {
 	f.Add(exampleSignal().marshal())
+	for _, s := range sides("203.0.113.1") {
+		about := &signal{kind: signalPropose, boot: 5, counter: 6, hard: s}
+		f.Add(about.marshal())
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		s, err := parseSignal(b)
 		if err != nil {

@@ -29,6 +29,7 @@ type world struct {
 	fail    func(wire) error // nil: the system sends everything
 	delay   func(wire) time.Duration
 	carry   func(from, to *node) error // nil: signals arrive
+	spare   bool                       // nodes have spare sockets
 	signals int
 }
 
@@ -56,6 +57,7 @@ type node struct {
 	pathAt   []time.Time
 	told     [][]Candidate
 	activity Activity
+	spare    int // sockets that are open
 	looks    int
 	doubts   []netip.AddrPort
 	lost     []time.Time // when a peer said that it has no session
@@ -91,7 +93,7 @@ func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
 	n := &node{w: w, nonce: Nonce{b}, outer: netip.MustParseAddrPort(outer), online: true}
 	private, key := keyPair(w.t, b)
 	n.key = key
-	a, err := New(Config{
+	config := Config{
 		PrivateKey:   [32]byte(private.Bytes()),
 		Nonces:       [2]Nonce{n.nonce, {b, 1}},
 		Send:         n.send,
@@ -110,7 +112,11 @@ func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
 			n.lost = append(n.lost, time.Now())
 		},
 		Forbidden: func(a netip.AddrPort) bool { return a == stunAddr() || overRelay(a) || slices.Contains(forbidden, a) },
-	})
+	}
+	if w.spare {
+		config.OpenSockets, config.CloseSockets = n.openSockets, n.closeSockets
+	}
+	a, err := New(config)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -161,6 +167,9 @@ func (n *node) send(b []byte, to, from netip.AddrPort, ttl int) error {
 	x := wire{at: time.Now(), from: n.outer, to: to, ttl: ttl, b: bytes.Clone(b)}
 	if from.Addr().IsValid() && from.Addr() == n.other.Addr() {
 		x.from = n.other
+	}
+	if from.Port() != 0 {
+		x.from = netip.AddrPortFrom(n.outer.Addr(), from.Port())
 	}
 	if overRelay(to) {
 		x.from = n.handle(int(to.Port()) - firstHandle)

@@ -34,7 +34,10 @@ type audit struct {
 	opened    map[netip.AddrPort]bool      // got an opener from us
 	endpoints map[check][]time.Time
 	addresses map[netip.Addr][]time.Time
-	checks    uint64 // packets to elsewhere than the servers
+	checks    uint64                  // packets to elsewhere than the servers
+	spoken    map[spareKey]bool       // where something arrived from there
+	met       map[netip.AddrPort]bool // sent anything, in any network
+	hard      hardRounds
 	faults    []string
 }
 
@@ -57,7 +60,7 @@ func checkOf(b []byte, to netip.AddrPort) check {
 }
 
 func newAudit(servers []netip.AddrPort, forbidden func(netip.AddrPort) bool) *audit {
-	return &audit{servers: servers, forbidden: forbidden, answered: map[netip.AddrPort]time.Time{}}
+	return &audit{servers: servers, forbidden: forbidden, answered: map[netip.AddrPort]time.Time{}, spoken: map[spareKey]bool{}, met: map[netip.AddrPort]bool{}}
 }
 
 // attach begins anew in a network where the own addresses are local: its NAT
@@ -72,17 +75,25 @@ func (a *audit) attach(local []netip.Prefix) {
 	a.addresses = map[netip.Addr][]time.Time{}
 }
 
-func (a *audit) received(b []byte, from netip.AddrPort) {
+func (a *audit) received(b []byte, from netip.AddrPort, port uint16) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.heard[from] = true
+	a.spoken[spareKey{port, from}] = true
+	a.heard[from], a.met[from] = true, true
 	if _, once := a.answered[from]; once || messageType(b) == stun.BindingSuccess {
 		a.answered[from] = time.Now()
 	}
 }
 
+// sending is what is known of a packet beside its bytes.
+type sending struct {
+	ttl             int
+	port            uint16 // spare socket; 0: the main one
+	named, observed bool   // the address is published, its IP address seen by the server
+}
+
 // sent judges one packet of the agent.
-func (a *audit) sent(b []byte, to netip.AddrPort, ttl int) {
+func (a *audit) sent(b []byte, to netip.AddrPort, how sending) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if slices.Contains(a.servers, to) {
@@ -96,7 +107,11 @@ func (a *audit) sent(b []byte, to netip.AddrPort, ttl int) {
 	if !global(to.Addr()) && !a.onLink(to.Addr()) {
 		a.fault("packet to private address %s, which is not on-link", to)
 	}
-	if ttl != 0 {
+	if a.ofRound(to, how) {
+		a.sentInRound(to, how, time.Now())
+		return
+	}
+	if how.ttl != 0 {
 		a.opened[to] = true
 	} else if global(to.Addr()) && !a.onLink(to.Addr()) && !a.opened[to] && !a.heard[to] && messageType(b) == stun.BindingRequest {
 		a.fault("full TTL to %s before an opener", to)

@@ -3,6 +3,7 @@ package nattest
 import (
 	"bytes"
 	"encoding/binary"
+	"maps"
 	"net/netip"
 	"sync/atomic"
 	"time"
@@ -25,6 +26,7 @@ const (
 type traffic struct {
 	path     punch.Path
 	sources  map[netip.AddrPort]netip.Addr // the own addresses when the path was chosen
+	sockets  map[netip.AddrPort]uint16     // the own ports of paths; 0: the main one
 	moves    []Move
 	sent     []time.Time
 	arrivals []time.Time
@@ -61,7 +63,7 @@ func (n *Node) send(to *Node) {
 	b = binary.BigEndian.AppendUint64(b, uint64(len(t.sent)))
 	wake := !t.path.Addr.IsValid() || len(t.sent) == 0 || time.Since(t.sent[len(t.sent)-1]) > idle
 	t.sent = append(t.sent, time.Now())
-	path, sources, agent := t.path, t.sources, n.agent
+	path, sources, sockets, agent := t.path, t.sources, maps.Clone(t.sockets), n.agent
 	w.mu.Unlock()
 	if agent == nil {
 		return
@@ -71,7 +73,7 @@ func (n *Node) send(to *Node) {
 	}
 	for _, addr := range []netip.AddrPort{path.Addr, path.Also} {
 		if addr.IsValid() {
-			n.sendData(b, addr, sources[addr])
+			n.sendData(b, addr, netip.AddrPortFrom(sources[addr], sockets[addr]))
 		}
 	}
 }
@@ -79,11 +81,11 @@ func (n *Node) send(to *Node) {
 // sendData sends one packet, which may be lost. The source of a path is pinned,
 // as the real data plane pins it by IP_PKTINFO: where the host has lost the
 // address, nothing leaves.
-func (n *Node) sendData(b []byte, to netip.AddrPort, source netip.Addr) {
+func (n *Node) sendData(b []byte, to, source netip.AddrPort) {
 	if relay, peer, ok := n.world.relayTo(to); ok {
 		_ = relay.forward(n, peer, b)
-	} else if source == n.host.sourceTo(to.Addr()) {
-		_ = n.host.Send(b, n.port, to, 0)
+	} else if source.Addr() == n.host.sourceTo(to.Addr()) {
+		_ = n.host.Send(b, n.portOf(source), to, 0)
 	}
 }
 
@@ -91,17 +93,20 @@ func (n *Node) sendData(b []byte, to netip.AddrPort, source netip.Addr) {
 func (n *Node) with(peer punch.Key) *traffic {
 	t := n.peers[peer]
 	if t == nil {
-		t = &traffic{got: map[uint64]bool{}}
+		t = &traffic{got: map[uint64]bool{}, sockets: map[netip.AddrPort]uint16{}}
 		n.peers[peer] = t
 	}
 	return t
 }
 
-func (n *Node) receive(b []byte, from netip.AddrPort) {
-	n.audit.received(b, from)
+func (n *Node) receive(b []byte, from netip.AddrPort) { n.receiveAt(0, b, from) }
+
+// receiveAt takes what came to a spare socket; 0 is the main one.
+func (n *Node) receiveAt(port uint16, b []byte, from netip.AddrPort) {
+	n.audit.received(b, from, port)
 	if !bytes.HasPrefix(b, []byte(dataHeader)) {
 		if a := n.current(); a != nil {
-			a.Receive(b, from, netip.AddrPort{})
+			a.Receive(b, from, netip.AddrPortFrom(netip.Addr{}, port))
 		}
 		return
 	}
@@ -125,6 +130,7 @@ func (n *Node) onPath(p punch.Path) {
 	t := n.with(p.Peer)
 	old := t.path
 	t.path = p
+	t.sockets[p.Addr] = p.Local.Port()
 	sources := map[netip.AddrPort]netip.Addr{p.Addr: n.host.sourceTo(p.Addr.Addr())}
 	if source, ok := t.sources[p.Also]; ok {
 		sources[p.Also] = source

@@ -33,6 +33,7 @@ type NAT struct {
 
 	Preserve   bool // the inner port is kept when it is free
 	Sequential int  // else the step between ports; 0: random ports
+	Block      int  // how many ports random ones are drawn from; 0: all above 1023
 
 	Lifetime       time.Duration // of a flow without reply; 0: 30 s
 	LifetimeStream time.Duration // of a flow with two-way traffic; 0: 120 s
@@ -58,6 +59,8 @@ type table struct {
 	nat      NAT
 	rng      *rand.Rand
 	next     uint16 // sequential allocation
+	low      int    // lowest port of the block
+	ports    int    // how many there are
 	byInside map[mappingKey]*mapping
 	byPort   map[netip.AddrPort]*mapping // by outer address and port
 	router   map[flowKey]time.Time       // OpenInput: the router's own entries, until when
@@ -86,7 +89,11 @@ func newTable(nat NAT, rng *rand.Rand) *table {
 	if nat.LifetimeStream == 0 {
 		nat.LifetimeStream = defaultLifetimeStream
 	}
-	t := &table{nat: nat, rng: rng, next: uint16(20000 + rng.IntN(10000))}
+	t := &table{nat: nat, rng: rng, next: uint16(20000 + rng.IntN(10000)), low: firstPort, ports: 1<<16 - firstPort}
+	if nat.Block != 0 {
+		t.low += nat.Block * rng.IntN(t.ports/nat.Block)
+		t.ports = nat.Block
+	}
 	t.flush()
 	return t
 }
@@ -98,7 +105,8 @@ func (t *table) flush() {
 }
 
 // outbound returns the source that a packet from inside to remote leaves with.
-// An invalid wan means that nothing is translated, only filtered (IPv6).
+// An invalid wan means that nothing is translated, only filtered (IPv6). The
+// result is invalid when all ports are taken.
 func (t *table) outbound(inside, remote netip.AddrPort, wan netip.Addr) netip.AddrPort {
 	own := mappingKey{inside, remote}
 	m := t.live(own)
@@ -108,6 +116,9 @@ func (t *table) outbound(inside, remote netip.AddrPort, wan netip.Addr) netip.Ad
 	f := m.flows[remote]
 	if f == nil && t.clashes(m.outside, remote) {
 		m = t.add(own, netip.AddrPortFrom(wan, t.freePort(wan)))
+	}
+	if m.outside.Port() == 0 {
+		return netip.AddrPort{}
 	}
 	if f == nil {
 		f = &flow{}
@@ -175,9 +186,10 @@ func (t *table) free(outside netip.AddrPort) bool {
 	return m == nil || !t.held(m)
 }
 
+// freePort chooses a port for a mapping; 0: all are taken.
 func (t *table) freePort(wan netip.Addr) uint16 {
-	for {
-		port := uint16(firstPort + t.rng.IntN(1<<16-firstPort))
+	for range 16 * t.ports {
+		port := uint16(t.low + t.rng.IntN(t.ports))
 		if t.nat.Sequential != 0 {
 			t.next += uint16(t.nat.Sequential)
 			port = max(t.next, firstPort)
@@ -186,6 +198,7 @@ func (t *table) freePort(wan netip.Addr) uint16 {
 			return port
 		}
 	}
+	return 0
 }
 
 // clashes reports whether the router's own entry owns the tuple of a new flow.

@@ -230,6 +230,9 @@ func (r *Router) fromInside(p packet) func() {
 	} else {
 		p.src = r.table.outbound(p.src, p.dst, netip.Addr{})
 	}
+	if !p.src.IsValid() {
+		return nil
+	}
 	r.net.cross(r.link, p, r.outside.forward)
 	return nil
 }
@@ -240,7 +243,9 @@ func (r *Router) hairpin(p packet) func() {
 	if !r.table.nat.Hairpin {
 		return nil
 	}
-	p.src = r.table.outbound(p.src, p.dst, r.wan)
+	if p.src = r.table.outbound(p.src, p.dst, r.wan); !p.src.IsValid() {
+		return nil
+	}
 	dst, ok := r.table.inbound(p.src, p.dst)
 	if !ok {
 		return nil

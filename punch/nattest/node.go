@@ -30,6 +30,7 @@ type Node struct {
 	planted   []punch.Candidate
 	peers     map[punch.Key]*traffic
 	carried   time.Time // when the last message of the server arrives
+	spare     []uint16  // open sockets beside the main one
 }
 
 // Start runs the node: it listens, gathers, and goes online at the server.
@@ -48,6 +49,8 @@ func (n *Node) Start() error {
 		OnCandidates: n.publish,
 		Activity:     n.activity,
 		Forbidden:    w.forbidden,
+		OpenSockets:  n.openSockets,
+		CloseSockets: n.closeSockets,
 	})
 	if err != nil {
 		return fmt.Errorf("make agent: %w", err)
@@ -97,6 +100,7 @@ func (n *Node) Crash() {
 	}
 	n.host.Listen(n.port, nil)
 	stop()
+	n.closeSockets(n.spareSockets())
 	w.mu.Lock()
 	for _, t := range n.peers {
 		t.path = punch.Path{}
@@ -128,6 +132,9 @@ func (n *Node) Plant(c ...punch.Candidate) {
 	n.world.mu.Lock()
 	defer n.world.mu.Unlock()
 	n.planted = c
+	for _, c := range c {
+		n.world.planted[c.Addr] = true
+	}
 }
 
 // Agent returns the node's agent, nil when it does not run.
@@ -169,6 +176,7 @@ func (n *Node) openSession() []punch.Server {
 // publish tells the server the candidates that may be published: addresses that
 // it saw itself, and global IPv6.
 func (n *Node) publish(all []punch.Candidate) {
+	n.name(all)
 	n.world.mu.Lock()
 	session := n.session
 	n.published = slices.DeleteFunc(slices.Clone(all), func(c punch.Candidate) bool {
@@ -206,17 +214,21 @@ func (n *Node) learn(peer *Node) {
 	}
 }
 
-func (n *Node) sendPacket(b []byte, to, _ netip.AddrPort, ttl int) error {
+func (n *Node) sendPacket(b []byte, to, from netip.AddrPort, ttl int) error {
 	if relay, peer, ok := n.world.relayTo(to); ok {
 		n.audit.relayed(b, to, ttl)
 		return relay.forward(n, peer, b)
 	}
-	n.audit.sent(b, to, ttl)
-	return n.host.Send(b, n.port, to, ttl)
+	named, observed := n.world.knows(to)
+	n.audit.sent(b, to, sending{ttl: ttl, port: from.Port(), named: named, observed: observed})
+	return n.host.Send(b, n.portOf(from), to, ttl)
 }
 
 func (n *Node) sendSignal(to punch.Key, sealed []byte) error {
 	sealed = slices.Clone(sealed)
+	if a := n.current(); a != nil {
+		n.name(a.Candidates())
+	}
 	for _, peer := range n.world.peersOf(n) {
 		if peer.key != to {
 			continue

@@ -29,17 +29,20 @@ type World struct {
 	link    Link // of the server
 	mesh    [32]byte
 
-	mu     sync.Mutex
-	chance *rand.Rand
-	nodes  []*Node
-	relays []*Relay
-	cut    bool // signals and netmap are not carried
+	mu      sync.Mutex
+	chance  *rand.Rand
+	nodes   []*Node
+	relays  []*Relay
+	named   map[netip.AddrPort]bool // ever published by whom the server saw there
+	planted map[netip.AddrPort]bool // published by a liar
+	cut     bool                    // signals and netmap are not carried
 }
 
 // NewWorld returns a world whose server is attached by l and has an IPv4 and an
 // IPv6 address with two STUN ports each.
 func NewWorld(seed uint64, l Link) *World {
 	w := &World{Net: New(seed), link: l, chance: rand.New(rand.NewPCG(seed, 0x776f726c64))}
+	w.named, w.planted = map[netip.AddrPort]bool{}, map[netip.AddrPort]bool{}
 	addrs := []netip.Prefix{netip.MustParsePrefix("198.51.100.1/32"), netip.MustParsePrefix("2001:db8:ffff::1/128")}
 	const stunPort, nextPort = 3478, 3479
 	host := w.Internet().NewHost(l, addrs...)

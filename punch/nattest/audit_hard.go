@@ -1,0 +1,146 @@
+package nattest
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"overlay/punch"
+)
+
+// The limits of hard rounds.
+const (
+	maxSpare       = 256
+	maxHardRate    = 200  // packets per second
+	maxHardPackets = 1200 // per round
+	hardPause      = time.Minute
+	// hardGap is how long a round may be silent and still be the same.
+	hardGap = 10 * time.Second
+)
+
+// hardRounds is what an audit knows of a node's hard rounds.
+type hardRounds struct {
+	began, last time.Time
+	count       int // packets of the round
+	total       int // of all rounds
+	rounds      int
+	times       []time.Time // of the last second
+}
+
+// spareKey is a spare socket and where a packet came to it from.
+type spareKey struct {
+	port uint16
+	from netip.AddrPort
+}
+
+// ofRound tells packets of hard rounds: they leave from a spare socket that heard
+// nothing from there, or go to where nobody said that a peer is.
+func (a *audit) ofRound(to netip.AddrPort, how sending) bool {
+	if how.port != 0 {
+		return !a.spoken[spareKey{how.port, to}]
+	}
+	return to.Addr().Is4() && global(to.Addr()) && !how.named && !a.met[to]
+}
+
+// sentInRound judges a packet of a hard round.
+func (a *audit) sentInRound(to netip.AddrPort, how sending, now time.Time) {
+	h := &a.hard
+	if !how.observed {
+		a.fault("packet of a hard round to %s, where no server saw a node", to)
+	}
+	if now.Sub(h.last) > hardGap {
+		if h.rounds > 0 && now.Sub(h.began) < hardPause {
+			a.fault("hard round %v after another", now.Sub(h.began))
+		}
+		h.began, h.count = now, 0
+		h.rounds++
+	}
+	h.last = now
+	h.count++
+	h.total++
+	if h.count > maxHardPackets {
+		a.fault("%d packets in a hard round", h.count)
+	}
+	h.times = append(slices.DeleteFunc(h.times, func(at time.Time) bool { return now.Sub(at) >= time.Second }), now)
+	if n := len(h.times); n > maxHardRate {
+		a.fault("%d packets of a hard round within a second", n)
+	}
+}
+
+// Hard returns how many hard rounds the node took part in, and their packets.
+func (n *Node) Hard() (rounds, packets int) {
+	n.audit.mu.Lock()
+	defer n.audit.mu.Unlock()
+	return n.audit.hard.rounds, n.audit.hard.total
+}
+
+// Spare returns how many sockets beside the main one are open.
+func (n *Node) Spare() int { return len(n.spareSockets()) }
+
+func (n *Node) spareSockets() []uint16 {
+	n.world.mu.Lock()
+	defer n.world.mu.Unlock()
+	return slices.Clone(n.spare)
+}
+
+func (n *Node) openSockets(count int) ([]uint16, error) {
+	w := n.world
+	w.mu.Lock()
+	var ports []uint16
+	for len(ports) < count {
+		port := uint16(firstPort + w.chance.IntN(1<<16-firstPort))
+		if port != n.port && !slices.Contains(n.spare, port) {
+			ports = append(ports, port)
+			n.spare = append(n.spare, port)
+		}
+	}
+	open := len(n.spare)
+	w.mu.Unlock()
+	if open > maxSpare {
+		n.audit.report("too many sockets are open")
+	}
+	for _, port := range ports {
+		n.host.Listen(port, func(b []byte, from netip.AddrPort) { n.receiveAt(port, b, from) })
+	}
+	return ports, nil
+}
+
+func (n *Node) closeSockets(ports []uint16) {
+	for _, port := range ports {
+		n.host.Listen(port, nil)
+	}
+	n.world.mu.Lock()
+	defer n.world.mu.Unlock()
+	n.spare = slices.DeleteFunc(n.spare, func(port uint16) bool { return slices.Contains(ports, port) })
+}
+
+// portOf returns the port of a socket as the agent names it.
+func (n *Node) portOf(local netip.AddrPort) uint16 {
+	if local.Port() != 0 {
+		return local.Port()
+	}
+	return n.port
+}
+
+// name notes where the node is, as the server or its system says: peers may send
+// there from now on.
+func (n *Node) name(list []punch.Candidate) {
+	n.world.mu.Lock()
+	defer n.world.mu.Unlock()
+	for _, c := range list {
+		if c.Type == punch.Host || slices.Equal(c.Token, Token(n.session, c.Addr)) {
+			n.world.named[c.Addr] = true
+		}
+	}
+}
+
+// knows tells whether somebody published an address, and whether the server saw
+// a node at its IP address.
+func (w *World) knows(addr netip.AddrPort) (named, observed bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for known := range w.named {
+		observed = observed || known.Addr() == addr.Addr()
+	}
+	return w.named[addr] || w.planted[addr], observed
+}

@@ -163,3 +163,21 @@ func judged(t *testing.T, n *member, verdict, udp string) {
 		t.Errorf("%s: %+v, want %q", n.nodeName, c, verdict)
 	}
 }
+
+// TestNetcheckLifetime measures how long a router keeps mappings that are left
+// alone: 10 s here, once both sides have sent.
+func TestNetcheckLifetime(t *testing.T) {
+	m := newMesh(t)
+	a := m.join(t, m.laptopAt(t, "a", ShortTimeouts))
+	out, err := a.run(t.Context(), "netcheck", "--lifetime", "--json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var c overlay.Netcheck
+	if err := json.Unmarshal([]byte(out), &c); err != nil {
+		t.Fatal(err)
+	}
+	if l := c.Lifetime; l == nil || l.BelowS == nil || *l.BelowS > 20 || l.AtLeastS > 10 {
+		t.Errorf("lifetime %+v of %s", c.Lifetime, out)
+	}
+}

@@ -49,6 +49,16 @@ func (c *Client) Ping(ctx context.Context, peer string) (p PingReply, err error)
 	return p, c.call(ctx, "POST", "/v1/ping", pingRequest{peer}, &p)
 }
 
+// Why asks how a peer, by name or overlay address, is reached, and why not directly.
+func (c *Client) Why(ctx context.Context, peer string) (w Why, err error) {
+	return w, c.call(ctx, "POST", "/v1/why", pingRequest{peer}, &w)
+}
+
+// Netcheck has the daemon look at its network.
+func (c *Client) Netcheck(ctx context.Context, r NetcheckRequest) (n Netcheck, err error) {
+	return n, c.call(ctx, "POST", "/v1/netcheck", r, &n)
+}
+
 // Invite makes an invite on a signer's node.
 func (c *Client) Invite(ctx context.Context, r InviteRequest) (i InviteReply, err error) {
 	return i, c.call(ctx, "POST", "/v1/invite", r, &i)

@@ -68,6 +68,8 @@ func (n *Node) mux() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", n.handleStatus)
 	mux.HandleFunc("POST /v1/ping", n.handlePing)
+	mux.HandleFunc("POST /v1/why", n.handleWhy)
+	mux.HandleFunc("POST /v1/netcheck", n.handleNetcheck)
 	mux.HandleFunc("POST /v1/up", rootOnly(n.handleUp))
 	mux.HandleFunc("POST /v1/down", rootOnly(n.handleDown))
 	mux.HandleFunc("POST /v1/leave", rootOnly(n.handleLeave))

@@ -55,6 +55,7 @@ type session struct {
 	servers   atomic.Pointer[map[netip.AddrPort]bool]
 	mesh      []netip.Prefix // neither are its own prefixes
 	endpoints *endpoints
+	checking  atomic.Bool // a netcheck runs
 
 	mu     sync.Mutex
 	roster *roster

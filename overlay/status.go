@@ -77,27 +77,32 @@ func (s *session) pathStatus(m *member, full bool) PathStatus {
 
 // describe puts a path to a peer into words, the zero one too; mu is held.
 func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
-	var st PathStatus
+	st := s.route(path, full)
+	if st.Kind == "direct" {
+		return st
+	}
+	e, _ := s.agent.Explain(punch.Key(m.cert.WireGuard))
+	st.Reason = s.hurdlesTo(m, e, st.Via != "" && alive(e)).reason()
+	return st
+}
+
+// route is describe without a reason.
+func (s *session) route(path punch.Path, full bool) PathStatus {
 	switch {
 	case !path.Addr.IsValid():
-		st.Kind = "none"
+		return PathStatus{Kind: "none"}
 	case path.Type != punch.Relayed:
-		st = PathStatus{Kind: "direct", Via: via(path.Type)}
+		st := PathStatus{Kind: "direct", Via: via(path.Type)}
 		if full {
 			st.Endpoint = path.Addr.String()
 		}
 		return st
-	default:
-		name, over := s.links.relayed(path.Addr, full)
-		st = PathStatus{Kind: "relay", Relay: name}
-		if over != relay.None {
-			st.Via = "relay-" + over.String()
-		}
 	}
-	st.Reason = hurdles{
-		peer: m.cert.Name, online: m.node.Online, reached: st.Via != "", reach: s.links.reach(),
-		attempt: s.agent.Attempt(punch.Key(m.cert.WireGuard)), now: time.Now(),
-	}.reason()
+	name, over := s.links.relayed(path.Addr, full)
+	st := PathStatus{Kind: "relay", Relay: name}
+	if over != relay.None {
+		st.Via = "relay-" + over.String()
+	}
 	return st
 }
 

@@ -58,6 +58,7 @@ type datagram struct {
 	to   netip.AddrPort
 	from netip.AddrPort
 	ttl  int
+	pair *pair // whose state is told of a failure; nil: nobody's
 }
 
 // transaction is a request that waits for its answer.
@@ -196,6 +197,7 @@ func (a *Agent) perform(sends []datagram) {
 	for _, d := range sends {
 		if err := a.cfg.Send(d.b, d.to, d.from, d.ttl); err != nil {
 			a.log.Debug("send failed", "to", d.to, "err", err)
+			a.unsent(d, err)
 		}
 	}
 }
@@ -333,7 +335,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 		for _, q := range p.pairs {
 			a.forget(q)
 			q.suspect = true
-			q.sent = time.Time{}
+			q.sent, q.tally = time.Time{}, tally{}
 			q.local = socket(q.local.Port())
 		}
 		p.series = time.Time{}

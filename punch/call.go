@@ -226,6 +226,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		}
 	}
 	sealed := p.secrets.seal(s.marshal())
+	p.talked.said(now)
 	calls := p.calls
 	a.effects = append(a.effects, func() {
 		err := a.cfg.Signal(p.key, sealed)
@@ -235,6 +236,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		a.log.Debug("signal failed", "peer", p, "err", err)
 		a.mu.Lock()
 		defer a.mu.Unlock()
+		p.talked.failed(err)
 		a.unheard(p, calls)
 		a.schedule(p, time.Now())
 	})
@@ -252,6 +254,7 @@ type outgoing struct {
 // sendCheck sends a check on a pair if the limits allow it.
 func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
 	if !a.mayProbe(p, q, how.now) {
+		q.tally.withheld++
 		return
 	}
 	p.counter++
@@ -268,11 +271,13 @@ func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
 	q.waiting = append(q.waiting, c.id)
 	a.sent[c.id] = transaction{peer: p, pair: q, at: how.now, ping: how.ping, lost: how.lost}
 	q.expect(how.now)
+	q.tally.left(how)
 	a.post(p, q, datagram{b: b, to: q.addr, from: how.from, ttl: how.ttl}, how.now)
 }
 
 // post queues a datagram and notes that something was sent there.
 func (a *Agent) post(p *peer, q *pair, d datagram, now time.Time) {
+	d.pair = q
 	a.sends = append(a.sends, d)
 	q.sent = now
 	if q == p.selected && d.ttl == 0 {

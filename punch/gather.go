@@ -44,7 +44,8 @@ type server struct {
 	next   time.Time // next request; zero: the round is over
 	mapped netip.AddrPort
 	token  []byte
-	fresh  bool // answered since the network changed
+	fresh  bool      // answered since the network changed
+	at     time.Time // of the last answer
 	limit  bucket
 }
 
@@ -84,7 +85,7 @@ func (a *Agent) SetServers(list []Server) {
 			if known.Addr != s.Addr {
 				continue
 			}
-			s.mapped, s.fresh, s.limit = known.mapped, known.fresh, known.limit
+			s.mapped, s.fresh, s.at, s.limit = known.mapped, known.fresh, known.at, known.limit
 			if bytes.Equal(known.Username, s.Username) {
 				s.token = known.token // another session's proves nothing in this one
 			}
@@ -193,7 +194,7 @@ func (a *Agent) mapping(s *server, m *stun.Message, now time.Time) {
 	}
 	delete(a.sent, s.id)
 	s.next = time.Time{}
-	s.fresh = true
+	s.fresh, s.at = true, now
 	s.mapped, s.token = mapped, nil
 	if token, err := m.Get(AttrToken); err == nil {
 		s.token = slices.Clone(token)

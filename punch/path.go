@@ -328,6 +328,7 @@ func (a *Agent) accept(t transaction, at netip.AddrPort, now time.Time) {
 	}
 	q.valid, q.suspect = true, false
 	q.answered = now
+	q.tally.answers++
 	q.measure(now.Sub(t.at))
 	p.receive(now)
 	switch {
@@ -404,6 +405,7 @@ func (a *Agent) cost(q *pair) time.Duration {
 // choose makes q the path of p.
 func (a *Agent) choose(p *peer, q *pair, now time.Time) {
 	old := p.selected
+	p.noteHistory(now)
 	p.selected = q
 	if q.relayed() { // it may not have answered
 		p.probe = probe{}

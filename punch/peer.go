@@ -46,6 +46,7 @@ type pair struct {
 	varied   time.Duration // mean deviation of the RTT
 	samples  int
 	better   int // samples in a row that beat the selected pair
+	tally    tally
 
 	// Of relayed pairs only.
 	here    bool      // the peer was seen at the relay
@@ -66,6 +67,8 @@ type peer struct {
 	checks    replay
 	signals   replay
 	counter   uint64 // of our checks and signals to it
+	talked    Signals
+	refused   []Refusal // at most MaxCandidates
 
 	due   time.Time // position in the queue
 	index int       // -1: not in it
@@ -90,6 +93,7 @@ type peer struct {
 
 	// The path in use.
 	selected     *pair
+	history      history
 	copying      copying
 	probe        probe
 	suspectSince time.Time
@@ -165,15 +169,18 @@ func (a *Agent) setCandidates(p *peer, list []Candidate, from source) bool {
 	for _, q := range p.pairs {
 		q.source &^= from
 	}
+	p.forgive(from)
 	added := false
 	for _, c := range list {
 		addr := plain(c.Addr)
 		q := p.find(addr, 0)
 		if c.Type == Relayed || !a.allowed(addr) || q != nil && q.relayed() {
+			a.refuse(p, c, from)
 			continue
 		}
 		if q == nil {
 			if q = a.addPair(p, addr, 0); q == nil {
+				a.refuse(p, c, from)
 				continue
 			}
 			added = true

@@ -53,6 +53,7 @@ func (a *Agent) receiveCheck(m *stun.Message, from, at netip.AddrPort, now time.
 		return
 	}
 	p.hear(q, now)
+	q.tally.heard++
 	if q.relayed() {
 		at = netip.AddrPort{}
 	} else { // over a relay it says nothing about the peer's NAT

@@ -114,6 +114,7 @@ func (a *Agent) reroute(p *peer, now time.Time) {
 		return
 	case lost(s) && best == nil && c != nil: // back to the direct path, suspect as it is
 		p.suspectSince = p.copying.until.Add(-giveUp)
+		p.noteHistory(now)
 		p.selected, p.copying, p.probe = c, copying{}, probe{}
 		a.announce(p.path())
 	case lost(s) && best == nil:

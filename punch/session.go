@@ -73,8 +73,14 @@ type Attempt struct {
 func (a *Agent) Attempt(k Key) Attempt {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	p := a.peers[k]
-	if p == nil || p.direct() != nil || p.search.Since.IsZero() {
+	if p := a.peers[k]; p != nil {
+		return a.attempt(p)
+	}
+	return Attempt{}
+}
+
+func (a *Agent) attempt(p *peer) Attempt {
+	if p.direct() != nil || p.search.Since.IsZero() {
 		return Attempt{}
 	}
 	attempt := p.search

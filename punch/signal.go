@@ -227,6 +227,8 @@ func (a *Agent) handleSignal(p *peer, s *signal, now time.Time) {
 	a.log.Debug("signal received", "peer", p, "kind", s.kind, "candidates", len(s.candidates))
 	p.openTo, p.openAt = s.opened, now
 	p.search.Answered = true
+	p.talked.Heard++
+	p.talked.LastHeard = now
 	p.meeting.follow(s.candidates)
 	a.release(p, now)
 	if s.kind == signalCall {

@@ -26,6 +26,7 @@ type world struct {
 	nodes   []*node
 	wires   []wire
 	drop    func(wire) bool
+	fail    func(wire) error // nil: the system sends everything
 	delay   func(wire) time.Duration
 	carry   func(from, to *node) error // nil: signals arrive
 	spare   bool                       // nodes have spare sockets
@@ -172,6 +173,11 @@ func (n *node) send(b []byte, to, from netip.AddrPort, ttl int) error {
 	}
 	if overRelay(to) {
 		x.from = n.handle(int(to.Port()) - firstHandle)
+	}
+	if w.fail != nil {
+		if err := w.fail(x); err != nil {
+			return err
+		}
 	}
 	w.wires = append(w.wires, x)
 	if ttl != 0 || w.drop != nil && w.drop(x) {
@@ -354,6 +360,13 @@ func (w *world) setDrop(drop func(wire) bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.drop = drop
+}
+
+// setFail has the system of every node refuse to send.
+func (w *world) setFail(fail func(wire) error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fail = fail
 }
 
 // wantPath wants the path of n to peer to lead to an address.

@@ -34,7 +34,7 @@ func rootCommand() *cobra.Command {
 	}
 	root.AddCommand(
 		coordCommand(), relayCommand(), upCommand(), downCommand(), leaveCommand(),
-		statusCommand(), pingCommand(), ipCommand(), sshCommand(),
+		statusCommand(), pingCommand(), whyCommand(), netcheckCommand(), ipCommand(), sshCommand(),
 		inviteCommand(), invitesCommand(), nodesCommand(), versionCommand(),
 	)
 	return root

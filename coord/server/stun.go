@@ -35,16 +35,18 @@ type stunServer struct {
 func (s *stunServer) answer(b []byte, from, at netip.AddrPort) []byte {
 	from = netip.AddrPortFrom(from.Addr().Unmap().WithZone(""), from.Port())
 	out := s.binding(b, from)
-	change := punch.ChangeOf(b)
+	change, port := punch.ChangeOf(b), punch.ReplyPort(b)
 	switch {
-	case out == nil || change == punch.Change{}:
+	case out == nil || change == punch.Change{} && port == 0:
 		return out
 	case len(out) > len(b):
 		return nil // what is more than the address is for padded requests
 	case change.Address:
 		return punch.RefuseChange(b) // there is one address
+	case port != 0:
+		from = netip.AddrPortFrom(from.Addr(), port)
 	}
-	s.elsewhere(out, from, at)
+	s.send(out, from, at, change.Port)
 	return nil
 }
 
@@ -76,12 +78,12 @@ func (s *stunServer) session(user []byte) (key []byte, device trust.Key, ok bool
 	return key, trust.Key(by), ok
 }
 
-// elsewhere sends an answer from the address that was asked, but another port. It
-// does not wait: an answer that finds no room is lost.
-func (s *stunServer) elsewhere(b []byte, to, at netip.AddrPort) {
+// send sends an answer from the address that was asked, and the same port or
+// another one. It does not wait: an answer that finds no room is lost.
+func (s *stunServer) send(b []byte, to, at netip.AddrPort, other bool) {
 	for _, c := range s.sockets {
 		own := c.LocalAddr().(*net.UDPAddr).AddrPort()
-		if own.Port() == at.Port() || own.Addr().Unmap().Is4() != to.Addr().Is4() {
+		if (own.Port() == at.Port()) == other || own.Addr().Unmap().Is4() != to.Addr().Is4() {
 			continue
 		}
 		raw, err := c.SyscallConn()

@@ -276,3 +276,43 @@ func checkSocketAnswer(t *testing.T, s *Server, o *owner, b []byte, local netip.
 		t.Errorf("token for %v: %v", local, err)
 	}
 }
+
+// A node may want its answer at another of its sockets, from the port that was
+// asked; who has no session may not.
+func TestSTUNReplyPort(t *testing.T) {
+	s, err := Open(Config{Listen: "127.0.0.1:0", STUN: ":0", Public: "127.0.0.1", StateDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := run(t, s)
+	o := found(t, r)
+	e, _ := o.follow(t, o.server, "")
+	to := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), e.welcome.STUN[1])
+	for _, who := range []punch.Server{{Addr: to, Username: e.welcome.Session, Key: e.STUNKey()}, {Addr: to}} {
+		var conns [2]*net.UDPConn // who asks, and who is answered
+		for i := range conns {
+			if conns[i], err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}); err != nil {
+				t.Fatal(err)
+			}
+			defer conns[i].Close()
+			_ = conns[i].SetDeadline(time.Now().Add(5 * time.Second))
+		}
+		at := func(i int) netip.AddrPort { return conns[i].LocalAddr().(*net.UDPAddr).AddrPort() }
+		q, err := punch.NewQuestion(who, punch.Ask{To: at(1).Port()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conns[0].WriteToUDPAddrPort(q.Raw, to); err != nil {
+			t.Fatal(err)
+		}
+		answered := conns[1]
+		if len(who.Username) == 0 {
+			answered = conns[0]
+		}
+		b := make([]byte, maxBinding)
+		n, from, err := answered.ReadFromUDPAddrPort(b)
+		if mapped, ok := q.Answered(b[:n]); err != nil || !ok || mapped != at(0) || from != to || n > len(q.Raw) && len(who.Username) > 0 {
+			t.Errorf("%q: %d bytes from %v say %v %v (%v)", who.Username, n, from, mapped, ok, err)
+		}
+	}
+}

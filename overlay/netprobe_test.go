@@ -1,0 +1,134 @@
+package overlay
+
+import (
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+
+	"overlay/punch"
+)
+
+// stunServer answers on three ports of the loopback. What it does about an answer
+// from elsewhere is for the test to say.
+type stunServer struct {
+	conns   []*net.UDPConn
+	servers []punch.Server
+	change  func(port int) (socket int, ok bool) // which answers; false: none
+	replies func() bool                          // whether an answer to another port arrives; nil: it knows of none
+}
+
+func startSTUN(t *testing.T, s *stunServer) *stunServer {
+	t.Helper()
+	var running sync.WaitGroup
+	for range 3 {
+		c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.conns = append(s.conns, c)
+		s.servers = append(s.servers, punch.Server{Addr: c.LocalAddr().(*net.UDPAddr).AddrPort(), Username: []byte("anna"), Key: []byte("secret")})
+	}
+	for i := range s.conns {
+		running.Go(func() { s.serve(i) })
+	}
+	t.Cleanup(func() {
+		for _, c := range s.conns {
+			c.Close()
+		}
+		running.Wait()
+	})
+	return s
+}
+
+func (s *stunServer) serve(i int) {
+	buf := make([]byte, maxDatagram)
+	for {
+		n, from, err := s.conns[i].ReadFromUDPAddrPort(buf)
+		if err != nil {
+			return
+		}
+		out := punch.AnswerBinding(buf[:n], from, func([]byte) ([]byte, []byte, bool) { return []byte("secret"), nil, true })
+		by, ok := i, out != nil
+		if change := punch.ChangeOf(buf[:n]); ok && change != (punch.Change{}) && s.change != nil {
+			if by, ok = s.change(i); change.Address {
+				ok = false
+			}
+		}
+		if port := punch.ReplyPort(buf[:n]); ok && port != 0 && s.replies != nil {
+			from, ok = netip.AddrPortFrom(from.Addr(), port), s.replies()
+		}
+		if ok {
+			s.conns[by].WriteToUDPAddrPort(out, from)
+		}
+	}
+}
+
+func TestLookAround(t *testing.T) {
+	own := []netip.Addr{netip.MustParseAddr("127.0.0.1")}
+	for name, x := range map[string]struct {
+		change    func(int) (int, bool)
+		filtering string
+	}{
+		"unknown to the server": {nil, ""},
+		"let in":                {func(i int) (int, bool) { return (i + 1) % 3, true }, atMostAddressDependent},
+		"kept out":              {func(int) (int, bool) { return 0, false }, addressPortDependent},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startSTUN(t, &stunServer{change: x.change})
+			l, err := lookAround(t.Context(), "udp4", s.servers, own)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(l.asked) != 3 || len(l.replies) != 3*spareSockets || len(l.samples) != 3*spareSockets {
+				t.Errorf("%d asked, %d replies, %d samples", len(l.asked), len(l.replies), len(l.samples))
+			}
+			if l.nat.Mapping != noNAT || l.nat.Filtering != x.filtering {
+				t.Errorf("%+v, want filtering %q", l.nat, x.filtering)
+			}
+			var f FamilyLook
+			if l.into(&f); f.Asked != 3 || f.Answered != 3 || f.RTTms == nil {
+				t.Errorf("%+v", f)
+			}
+		})
+	}
+}
+
+// Nothing answers, and there is nothing to ask.
+func TestLookAroundInSilence(t *testing.T) {
+	c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	silent := []punch.Server{{Addr: c.LocalAddr().(*net.UDPAddr).AddrPort()}}
+	for count, servers := range [][]punch.Server{{}, silent} {
+		l, err := lookAround(t.Context(), "udp4", servers, nil)
+		if err != nil || len(l.asked) != count || len(l.samples) != 0 || l.nat != (NATStatus{}) {
+			t.Errorf("%+v (%v)", l, err)
+		}
+	}
+}
+
+// Two sockets without a NAT reach each other, which is all that hairpin asks.
+func TestHairpin(t *testing.T) {
+	s := startSTUN(t, &stunServer{})
+	list, err := openSpares("udp4", 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeAll(list)
+	var l look
+	if err := l.sample(t.Context(), list, s.servers); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.hairpin(t.Context(), list); err != nil || l.nat.Hairpin == nil || !*l.nat.Hairpin {
+		t.Errorf("%+v (%v)", l.nat, err)
+	}
+	for i := range l.samples { // nobody is there
+		l.samples[i].Mapped = s.servers[0].Addr
+	}
+	if err := l.hairpin(t.Context(), list); err != nil || l.nat.Hairpin == nil || *l.nat.Hairpin {
+		t.Errorf("%+v (%v)", l.nat, err)
+	}
+}

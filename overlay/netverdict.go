@@ -1,0 +1,51 @@
+package overlay
+
+import "overlay/punch"
+
+// conclude says in one sentence what the network is good for, and what would make
+// it better. mute: no server ever saw anybody of the mesh over UDP.
+func (n *Netcheck) conclude(mute bool) {
+	n.Verdict = n.verdict(mute)
+	switch {
+	case n.UDP == udpBlocked && mute:
+		n.Help = append([]string{"let UDP in on the server's firewall: no other node is answered over UDP either"}, letUDPOut("this network")...)
+	case n.UDP == udpBlocked:
+		n.Help = letUDPOut("this network")
+	case n.NAT.hard():
+		n.Help = []string{
+			"switch PCP, NAT-PMP or UPnP on, on the router, or forward this machine's UDP port",
+			"give this network IPv6, which needs no NAT",
+		}
+	}
+}
+
+func (n *Netcheck) verdict(mute bool) string {
+	switch {
+	case n.Asked == 0 && !n.Online:
+		return "the server is not reached, so nothing could be asked"
+	case n.Asked == 0:
+		return "no server tells where to ask over UDP: everything goes over relays by TLS"
+	case n.UDP == "":
+		return "neither the server nor anything over UDP answers: it is down, or this machine has no network"
+	case n.UDP == udpBlocked && mute:
+		return "UDP is blocked, here or at the server: everything goes over relays by TLS"
+	case n.UDP == udpBlocked:
+		return "UDP is blocked: everything goes over relays by TLS"
+	}
+	switch n.NAT.Mapping {
+	case noNAT:
+		return "no NAT: direct paths work with every network that passes UDP"
+	case endpointIndependent:
+		return "direct paths work with nearly all networks"
+	case "":
+		if n.IPv4.Answered == 0 {
+			return "only IPv6 passes: direct paths work with networks that have it"
+		}
+		return "UDP passes, but one answer does not tell the kind of NAT"
+	}
+	switch n.NAT.Allocation {
+	case punch.Sequential.String(), punch.Block.String():
+		return "hard NAT: ports chosen per destination; direct with easy NATs by prediction"
+	}
+	return "hard NAT: ports chosen per destination at random; direct with easy NATs by trying many, else over relays"
+}

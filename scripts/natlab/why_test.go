@@ -1,0 +1,183 @@
+package natlab
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"overlay/overlay"
+)
+
+const (
+	// whySettle is how long a direct path is looked for before its absence is
+	// explained.
+	whySettle = 6 * time.Second
+	whyPoll   = 200 * time.Millisecond
+)
+
+// randomize has the router of a home give every destination another port, at
+// random.
+func (h *Home) randomize(t *testing.T) {
+	t.Helper()
+	var s script
+	s.add("nft flush chain ip nat post")
+	s.add("nft add rule ip nat post oifname wan meta l4proto udp masquerade fully-random")
+	s.add("nft add rule ip nat post oifname wan masquerade")
+	if err := h.sh(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// why asks a node until it names a cause, and gives the text as well.
+func (n *member) why(t *testing.T, peer *member, cause string) (overlay.Why, string) {
+	t.Helper()
+	var w overlay.Why
+	for end := time.Now().Add(whySettle); ; time.Sleep(whyPoll) {
+		out, err := n.run(t.Context(), "why", peer.nodeName, "--json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal([]byte(out), &w); err != nil || w.Schema != 1 {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if strings.Contains(w.Verdict, cause) || time.Now().After(end) {
+			break
+		}
+	}
+	text, err := n.run(t.Context(), "why", peer.nodeName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if testing.Verbose() {
+		fmt.Printf("--- overlay why %s, on %s\n%s\n", peer.nodeName, n.nodeName, text)
+	}
+	return w, text
+}
+
+// netcheck looks at a node's network.
+func (n *member) netcheck(t *testing.T) overlay.Netcheck {
+	t.Helper()
+	out, err := n.run(t.Context(), "netcheck", "--json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var c overlay.Netcheck
+	if err := json.Unmarshal([]byte(out), &c); err != nil || c.Schema != 1 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if testing.Verbose() {
+		text, err := n.run(t.Context(), "netcheck")
+		fmt.Printf("--- overlay netcheck, on %s (%v)\n%s\n", n.nodeName, err, text)
+	}
+	return c
+}
+
+// cause is what `overlay why` has to say of a pair that is not direct.
+type cause struct {
+	verdict, step, help string
+	reason              string // what status says, too
+}
+
+func (c cause) must(t *testing.T, n, peer *member) {
+	t.Helper()
+	w, text := n.why(t, peer, c.verdict)
+	if !strings.Contains(w.Verdict, c.verdict) || w.Failed != c.step || !strings.Contains(strings.Join(w.Help, "\n"), c.help) {
+		t.Errorf("%s says of %s: %q, failed %q, help %q; want %+v", n.nodeName, peer.nodeName, w.Verdict, w.Failed, w.Help, c)
+	}
+	for _, want := range []string{w.Verdict, "what would help", c.help} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is not in the text:\n%s", want, text)
+		}
+	}
+	if st := pathTo(n.status(t), peer.nodeName); !strings.HasSuffix(w.Verdict, ": "+st.Reason) {
+		t.Errorf("status says %q, why says %q", st.Reason, w.Verdict)
+	}
+}
+
+// TestWhyNamesTheCause has `overlay why` name what stands in the way, on both
+// sides, and what would help; and netcheck judge the same networks.
+func TestWhyNamesTheCause(t *testing.T) {
+	needLab(t)
+	t.Run("udp blocked on one side", func(t *testing.T) {
+		m := newMesh(t)
+		a, b := m.join(t, m.laptopAt(t, "a", UDPBlocked)), m.join(t, m.laptopAt(t, "b", Masquerade))
+		cause{verdict: "this network passes no UDP", step: "udp here", help: "let UDP packets out of this network"}.must(t, a, b)
+		cause{verdict: "a's network passes no UDP", step: "udp there", help: "let UDP packets out of a's network"}.must(t, b, a)
+		judged(t, a, "UDP is blocked: everything goes over relays by TLS", "blocked")
+		judged(t, b, "direct paths work with nearly all networks", "passes")
+	})
+	t.Run("random ports on both sides", func(t *testing.T) {
+		m := newMesh(t)
+		one, two := m.laptopAt(t, "a", Masquerade), m.laptopAt(t, "b", Masquerade)
+		one.home.randomize(t)
+		two.home.randomize(t)
+		a, b := m.join(t, one), m.join(t, two)
+		for _, x := range [][2]*member{{a, b}, {b, a}} {
+			cause{verdict: "both NATs choose another port for every destination", step: "checks", help: "forward UDP port "}.must(t, x[0], x[1])
+			judged(t, x[0], "hard NAT: ports chosen per destination at random", "passes")
+		}
+	})
+	t.Run("server's relay only over TLS", func(t *testing.T) {
+		m := newMesh(t)
+		if err := m.BlockUDP(t.Context(), m.server.Addr()); err != nil {
+			t.Fatal(err)
+		}
+		a, b := m.join(t, m.laptopAt(t, "a", Masquerade)), m.join(t, m.laptopAt(t, "b", Masquerade))
+		for _, x := range [][2]*member{{a, b}, {b, a}} {
+			cause{verdict: "the server answers neither this machine nor " + x[1].nodeName + " over UDP", step: "udp here", help: "let UDP ports 443, 3478 and 3479 in on the server's firewall"}.must(t, x[0], x[1])
+		}
+		judged(t, a, "UDP is blocked, here or at the server", "blocked")
+	})
+	t.Run("peer offline", func(t *testing.T) {
+		_, a, b := pair(t, Masquerade, Masquerade)
+		mustDirect(t, a, b)
+		w, text := a.why(t, b, "is reached directly")
+		if w.Failed != "" || w.Since == nil || w.Path.Kind != "direct" || !strings.Contains(text, "answers, in use") {
+			t.Errorf("%+v:\n%s", w, text)
+		}
+		if err := b.down(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		gone := func(st overlay.Status) bool { return pathTo(st, b.nodeName).Kind != "direct" }
+		if _, err := a.await(t.Context(), offlineWait, gone); err != nil {
+			t.Fatal(err)
+		}
+		cause{verdict: "b is not connected", step: "peer", help: "sudo overlay up"}.must(t, a, b)
+	})
+	t.Run("public", func(t *testing.T) {
+		m := newMesh(t)
+		judged(t, m.join(t, m.laptopAt(t, "a", Public)), "no NAT: direct paths work with every network", "passes")
+	})
+}
+
+// offlineWait is how long a path lives whose peer is gone.
+const offlineWait = 45 * time.Second
+
+// judged wants a verdict of netcheck.
+func judged(t *testing.T, n *member, verdict, udp string) {
+	t.Helper()
+	c := n.netcheck(t)
+	if !strings.HasPrefix(c.Verdict, verdict) || c.UDP != udp || !c.Online || len(c.Relays) == 0 {
+		t.Errorf("%s: %+v, want %q", n.nodeName, c, verdict)
+	}
+}
+
+// TestNetcheckLifetime measures how long a router keeps mappings that are left
+// alone: 10 s here, once both sides have sent.
+func TestNetcheckLifetime(t *testing.T) {
+	m := newMesh(t)
+	a := m.join(t, m.laptopAt(t, "a", ShortTimeouts))
+	out, err := a.run(t.Context(), "netcheck", "--lifetime", "--json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var c overlay.Netcheck
+	if err := json.Unmarshal([]byte(out), &c); err != nil {
+		t.Fatal(err)
+	}
+	if l := c.Lifetime; l == nil || l.BelowS == nil || *l.BelowS > 20 || l.AtLeastS > 10 {
+		t.Errorf("lifetime %+v of %s", c.Lifetime, out)
+	}
+}

@@ -171,9 +171,9 @@ func TestNextProtocol(t *testing.T) {
 		refuses.after = 50 * time.Millisecond
 		works.after = 100 * time.Millisecond
 		s := startSite(t, closed, &refusing{refuses}, works)
-		time.Sleep(100*time.Millisecond - 1)
+		time.Sleep(100*time.Millisecond - time.Nanosecond)
 		s.want(t)
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		s.want(t, "works 203.0.113.7:1000")
 		s.end()
 	})

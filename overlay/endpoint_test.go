@@ -58,7 +58,7 @@ func (f *fakeEndpoints) member(punch.Key) bool {
 	return !f.gone
 }
 
-func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to netip.AddrPort, _ netip.Addr) error {
+func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to, _ netip.AddrPort) error {
 	f.note("endpoint %s", to)
 	return f.fails()
 }

@@ -179,11 +179,11 @@ func (d *Device) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// Rebind closes all sockets and opens the main ones again on the same port, and on
-// theirs those of OpenSockets that are paths; sessions and endpoints stay. While
-// it fails nothing is sent or received, and it can be repeated. It must not be
-// called from Config.Receive or Config.Demand. The sockets are made in the network
-// namespace of the calling thread.
+// Rebind closes all sockets and opens them again on the same ports, those of
+// OpenSockets too; sessions and endpoints stay. While it fails nothing is sent or
+// received, and it can be repeated. It must not be called from Config.Receive or
+// Config.Demand. The sockets are made in the network namespace of the calling
+// thread.
 func (d *Device) Rebind() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -27,8 +27,8 @@ var errSpares = errors.New("too many spare sockets")
 
 // spare is an IPv4 UDP socket besides the main ones, with a mapping of its own in
 // every NAT on the way. It is tried first: small, and deaf to all but STUN. As
-// the path of a peer it is kept: like a main socket then, and reopened with them
-// on its port, always as the same object. Safe for concurrent use.
+// the path of a peer it is kept: like a main socket then. It is reopened with
+// those, on its port, and stays the same object. Safe for concurrent use.
 type spare struct {
 	port uint16
 	kept atomic.Bool
@@ -52,6 +52,9 @@ func (b *bind) openSpares(n int) ([]uint16, error) {
 		s := &spare{paths: make(map[netip.AddrPort]*endpoint)}
 		if err := b.openSpare(s, p); err != nil {
 			closeSpares(list)
+			if b.peers.receiver() != p {
+				err = net.ErrClosed // meanwhile
+			}
 			return nil, err
 		}
 		list, ports = append(list, s), append(ports, s.port)
@@ -93,15 +96,19 @@ func (b *bind) openSpare(s *spare, p *pool) error {
 	return nil
 }
 
-// reopenSpares opens again those that are paths, and has p receive all.
+// reopenSpares opens all again, received by p. Who cannot have its port back is
+// gone, or, as a path, stays closed.
 func (b *bind) reopenSpares(p *pool) {
 	t := b.peers
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.pool = p
-	for _, s := range t.spares {
+	for port, s := range t.spares {
 		if err := b.openSpare(s, p); err != nil {
-			b.config.logger().Debug("path over a spare socket lost", "port", s.port, "err", err)
+			b.config.logger().Debug("spare socket lost", "port", port, "err", err)
+			if len(s.paths) == 0 {
+				delete(t.spares, port)
+			}
 		}
 	}
 }
@@ -208,15 +215,13 @@ func (s *spare) used() bool {
 	return false
 }
 
-// shutSpares closes all, and remembers those that are paths.
+// shutSpares closes all until they are reopened.
 func (t *peers) shutSpares() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.pool = nil
-	for port, s := range t.spares {
-		if s.close(); len(s.paths) == 0 {
-			delete(t.spares, port)
-		}
+	for _, s := range t.spares {
+		s.close()
 	}
 }
 
@@ -258,9 +263,9 @@ func (t *peers) leave(s *spare) {
 // OpenSockets opens up to 256 IPv4 UDP sockets on free ports, all of them or
 // none, and returns the ports. Each is small, and only what is STUN-shaped is
 // taken from it, for Config.Receive; Send sends from it. SetEndpoint makes one a
-// path: like the main sockets then, for as long as a peer has it. All others are
-// closed by CloseSockets, by the next opening of the main sockets, and with the
-// Device. No more than 256 that are not paths may be open.
+// path: like the main sockets then, for as long as a peer has it. The others are
+// closed by CloseSockets, and all with the Device. No more than 256 that are not
+// paths may be open. They are made in the network namespace of the calling thread.
 func (d *Device) OpenSockets(n int) ([]uint16, error) { return d.bind.openSpares(n) }
 
 // CloseSockets closes sockets of OpenSockets, but for those through which a

@@ -48,7 +48,7 @@ type unwritten struct {
 
 // endpointDevice is what endpoints need of a tun.Device.
 type endpointDevice interface {
-	SetEndpoint(k tun.Key, to netip.AddrPort, from netip.Addr) error
+	SetEndpoint(k tun.Key, to, from netip.AddrPort) error
 	ClearEndpoint(k tun.Key) error
 	SetCopy(k tun.Key, to netip.AddrPort)
 	SetRoundTrip(k tun.Key, trip time.Duration)
@@ -213,7 +213,7 @@ func (e *endpoints) write(p punch.Path) (moved bool) {
 	var err error
 	if p.Addr.IsValid() {
 		e.dev.SetRoundTrip(k, p.RTT)
-		err = e.dev.SetEndpoint(k, p.Addr, p.Local.Addr())
+		err = e.dev.SetEndpoint(k, p.Addr, p.Local)
 	} else {
 		err = e.dev.ClearEndpoint(k)
 	}
@@ -221,7 +221,7 @@ func (e *endpoints) write(p punch.Path) (moved bool) {
 		e.refuse(p, err)
 		return false
 	}
-	moved = p.Addr != old.Addr
+	moved = p.Addr != old.Addr || p.Local.Port() != old.Local.Port()
 	switch {
 	case !moved: // only the own address or the copies changed
 	case p.Addr.IsValid():

@@ -58,8 +58,12 @@ func (f *fakeEndpoints) member(punch.Key) bool {
 	return !f.gone
 }
 
-func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to netip.AddrPort, _ netip.Addr) error {
-	f.note("endpoint %s", to)
+func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to, from netip.AddrPort) error {
+	if from.Port() != 0 {
+		f.note("endpoint %s over %s", to, from)
+	} else {
+		f.note("endpoint %s", to)
+	}
 	return f.fails()
 }
 
@@ -114,6 +118,33 @@ func TestMovesBetweenRelayAndDirect(t *testing.T) {
 			f.take()
 		}
 		end()
+	})
+}
+
+// The same address over another socket of ours is another path.
+func TestMovesBetweenSockets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var f fakeEndpoints
+		e, end := startEndpoints(t, &f, slog.New(slog.DiscardHandler))
+		defer end()
+		direct := punch.Path{Addr: netip.MustParseAddrPort("192.0.2.9:5"), Type: punch.PeerReflexive}
+		for local, want := range map[string][]string{
+			"10.0.0.1:0":     {"endpoint 192.0.2.9:5"},
+			"10.0.0.1:40000": {"endpoint 192.0.2.9:5 over 10.0.0.1:40000", "handshake"},
+		} {
+			e.set(direct)
+			synctest.Wait()
+			time.Sleep(time.Minute) // the handshakes' repeats
+			synctest.Wait()
+			f.take()
+			moved := direct
+			moved.Local = netip.MustParseAddrPort(local)
+			e.set(moved)
+			synctest.Wait()
+			if got := f.take(); !slices.Equal(got, want) {
+				t.Errorf("%s: did %q, want %q", local, got, want)
+			}
+		}
 	})
 }
 

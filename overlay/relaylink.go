@@ -199,7 +199,7 @@ func (r *roster) linkPeers() []linkPeer {
 
 // receive takes what comes to the UDP port, or out of a flow, and is not for
 // wireguard-go.
-func (s *session) receive(b []byte, from netip.AddrPort, at netip.Addr) {
+func (s *session) receive(b []byte, from, at netip.AddrPort) {
 	switch {
 	case len(b) == 0:
 	case b[0] == relay.ControlByte:
@@ -207,7 +207,7 @@ func (s *session) receive(b []byte, from netip.AddrPort, at netip.Addr) {
 	case b[0] == relay.SignalByte:
 		s.relayedSignal(b[1:], from)
 	default:
-		s.agent.Receive(b, from, netip.AddrPortFrom(at, 0))
+		s.agent.Receive(b, from, at)
 	}
 }
 

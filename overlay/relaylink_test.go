@@ -134,18 +134,18 @@ func TestSignalsThroughRelays(t *testing.T) {
 		w.links.onPeer(w.fake("server0").link, bobKey, true)
 		synctest.Wait()
 		call := append([]byte{relay.SignalByte}, calls[0]...)
-		s.receive(call, netip.MustParseAddrPort("198.51.100.9:5"), netip.Addr{}) // not out of a flow
-		s.receive(nil, handle(bobKey, 1), netip.Addr{})
+		s.receive(call, netip.MustParseAddrPort("198.51.100.9:5"), netip.AddrPort{}) // not out of a flow
+		s.receive(nil, handle(bobKey, 1), netip.AddrPort{})
 		time.Sleep(time.Second)
 		if len(w.sent) > 0 {
 			t.Fatalf("sent %v", w.sent)
 		}
-		s.receive(call, handle(bobKey, 1), netip.Addr{})
+		s.receive(call, handle(bobKey, 1), netip.AddrPort{})
 		synctest.Wait()
 		if len(w.sent) != 1 || !strings.HasPrefix(w.sent[0], "b0") || !strings.HasSuffix(w.sent[0], " to "+handle(bobKey, 1).String()) {
 			t.Fatalf("answered by %v", w.sent)
 		}
-		s.receive([]byte{relay.ControlByte, 3}, relayAddr("server0"), netip.Addr{})
+		s.receive([]byte{relay.ControlByte, 3}, relayAddr("server0"), netip.AddrPort{})
 		if got := w.fake("server0").received; len(got) != 1 {
 			t.Fatalf("control datagrams %q", got)
 		}

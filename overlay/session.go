@@ -236,7 +236,7 @@ func (s *session) sendUDP(b []byte, to, from netip.AddrPort, ttl int) error {
 	if dev == nil {
 		return errNoDevice
 	}
-	return dev.Send(b, to, from.Addr(), ttl)
+	return dev.Send(b, to, from, ttl)
 }
 
 var errNoDevice = errors.New("the interface is not open yet")

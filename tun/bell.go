@@ -12,7 +12,7 @@ import (
 
 const (
 	lookEvery = 50 * time.Microsecond // the shortest time between two looks
-	maxBells  = 4                     // the TUN and a socket of each family, and one to spare
+	maxBells  = 4                     // the TUN, a socket of each family, and all spare ones
 )
 
 // bells wake goroutines that wait for a file. Go asks the kernel which files are

@@ -38,6 +38,7 @@ func (c *Config) meshed(a netip.Addr) bool {
 type sockets struct {
 	v4, v6 *socket
 	runs   *handover // what Deliver brings
+	pool   *pool     // what comes to spare sockets
 }
 
 func (s *sockets) of(a netip.Addr) *socket {
@@ -73,6 +74,7 @@ type bind struct {
 	out     *credit // messages read from the TUN and not yet sent
 	base    time.Time
 	mtu     atomic.Int32            // of the interface, minMTU to Config.MTU
+	mark    atomic.Uint32           // of SetMark
 	open    atomic.Pointer[sockets] // nil: closed
 	trains  sync.Pool               // *train
 	streams sync.Pool               // *stream
@@ -128,7 +130,10 @@ func (b *bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 		s.bell = b.bells.hang(s.raw, s.conn.SetReadDeadline)
 		fns = append(fns, newReceiver(b, newIntake(b, s), s.done).receive)
 	}
-	return append(fns, newReceiver(b, s.runs, s.runs.done).receive), b.port(), nil
+	s.pool.bell = b.bells.hang(s.pool.raw, s.pool.file.SetReadDeadline)
+	b.reopenSpares(s.pool)
+	fns = append(fns, newReceiver(b, s.pool, s.pool.done).receive, newReceiver(b, s.runs, s.runs.done).receive)
+	return fns, b.port(), nil
 }
 
 // listen opens what the host has.
@@ -147,6 +152,11 @@ func (b *bind) listen(port uint16) (*sockets, error) {
 		s.close()
 		return nil, err6
 	}
+	var err error
+	if s.pool, err = newPool(b); err != nil {
+		s.close()
+		return nil, err
+	}
 	return s, nil
 }
 
@@ -159,6 +169,9 @@ func (s *sockets) close() {
 	for _, s := range s.all() {
 		s.close()
 	}
+	if s.pool != nil {
+		s.pool.close()
+	}
 }
 
 // Close ends the ReceiveFuncs and forgets held initiations. Open may follow.
@@ -168,6 +181,8 @@ func (b *bind) Close() error {
 		for _, one := range s.all() {
 			b.bells.take(one.bell)
 		}
+		b.bells.take(s.pool.bell)
+		b.peers.shutSpares()
 		s.close()
 		close(s.runs.done)
 	}
@@ -185,7 +200,8 @@ func (b *bind) SetMark(mark uint32) error {
 			return fmt.Errorf("mark udp socket with %d: %w", mark, err)
 		}
 	}
-	return nil
+	b.mark.Store(mark)
+	return b.peers.markSpares(mark)
 }
 
 // BatchSize is the number of messages of one call.
@@ -225,17 +241,29 @@ func (b *bind) ParseEndpoint(s string) (conn.Endpoint, error) {
 }
 
 // setPath registers an address as the path of a peer, used from a local address
-// when from is valid. It comes before the write through wgctrl, which then finds
-// the endpoint by its address. Inside the mesh nothing is registered.
-func (b *bind) setPath(k Key, to netip.AddrPort, from netip.Addr) {
+// where that is valid, over a spare socket where from has a port. It comes before
+// the write through wgctrl, which then finds the endpoint by its address. Inside
+// the mesh nothing is registered.
+func (b *bind) setPath(k Key, to, from netip.AddrPort) error {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if b.config.meshed(to.Addr()) {
-		return
+		return nil
 	}
-	if e := b.peers.path(k, to); e != nil {
-		e.mtu.Store(&b.mtu)
-		e.pin(from)
+	if port := from.Port(); port != 0 {
+		if err := b.keep(port); err != nil {
+			return fmt.Errorf("use port %d: %w", port, err)
+		}
 	}
+	e := b.peers.path(k, to, from.Port())
+	switch {
+	case e == nil && from.Port() != 0:
+		return fmt.Errorf("use port %d: %w", from.Port(), errNoSocket)
+	case e == nil:
+		return ErrUnknownPeer
+	}
+	e.mtu.Store(&b.mtu)
+	e.pin(from.Addr())
+	return nil
 }
 
 // handle makes a new dropping endpoint for a peer: its overlay address with a

@@ -1,6 +1,7 @@
 package tun
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
 
@@ -11,6 +12,7 @@ import (
 type half struct {
 	b     *bind
 	fn    conn.ReceiveFunc
+	spare conn.ReceiveFunc // of spare sockets
 	out   [][]byte
 	to    conn.Endpoint
 	bufs  [][]byte
@@ -27,7 +29,7 @@ func newHalf(t testing.TB, k Key) *half {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.fn = fns[0]
+	h.fn, h.spare = fns[0], fns[len(fns)-2]
 	t.Cleanup(func() { _ = h.b.Close() })
 	return h
 }
@@ -36,8 +38,9 @@ func newHalf(t testing.TB, k Key) *half {
 func benchPair(t testing.TB) (*half, *half) {
 	x, y := newHalf(t, keyB), newHalf(t, keyA)
 	o, p := &opened{bind: x.b}, &opened{bind: y.b}
-	y.b.setPath(keyA, o.at(false), netip.Addr{})
-	x.b.setPath(keyB, p.at(false), netip.Addr{})
+	if err := errors.Join(y.b.setPath(keyA, o.at(false), netip.AddrPort{}), x.b.setPath(keyB, p.at(false), netip.AddrPort{})); err != nil {
+		t.Fatal(err)
+	}
 	y.b.peers.learn(3, y.b.peers.byKey(keyA))
 	e, err := x.b.ParseEndpoint(p.at(false).String())
 	if err != nil {
@@ -99,6 +102,7 @@ func BenchmarkBind(b *testing.B) {
 	batches["plain"] = nil
 	for name, out := range batches {
 		b.Run(name+"/direct", func(b *testing.B) { run(b, benchPair, out) })
+		b.Run(name+"/spare", func(b *testing.B) { run(b, spareHalves, out) })
 		b.Run(name+"/relayed", func(b *testing.B) { run(b, relayedHalves, out) })
 		b.Run(name+"/stream", func(b *testing.B) {
 			run(b, func(t testing.TB) (*half, *half) {

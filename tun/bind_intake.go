@@ -24,6 +24,7 @@ const (
 type intake struct {
 	b       *bind
 	s       *socket
+	spare   *spare // which one s is; nil: a main socket
 	msgs    [receiveMessages]mmsghdr
 	iovs    [receiveMessages]unix.Iovec
 	names   [receiveMessages]sockaddr
@@ -34,7 +35,6 @@ type intake struct {
 	at    int // the next of them
 
 	stranger *endpoint // the last sender nobody registered
-	overflow uint32    // what the socket dropped, as last heard
 	errno    syscall.Errno
 	run      func(fd uintptr) bool
 }
@@ -107,11 +107,12 @@ func (r *intake) next(now *arrival) bool {
 	if a.segment <= 0 || a.segment > size {
 		a.segment = size
 	}
-	if a.overflow != 0 && a.overflow != r.overflow {
-		r.b.overflow.Add(a.overflow - r.overflow)
-		r.overflow = a.overflow
+	if a.overflow != 0 && a.overflow != r.s.overflow {
+		r.b.overflow.Add(a.overflow - r.s.overflow)
+		r.s.overflow = a.overflow
 	}
-	*now = arrival{data: r.bufs[r.at][:size], segment: a.segment, ep: r.sender(r.names[r.at].get(), a.local), at: a.local}
+	*now = arrival{data: r.bufs[r.at][:size], segment: a.segment, ep: r.sender(r.names[r.at].get(), a.local)}
+	now.at = netip.AddrPortFrom(a.local, r.spare.local())
 	r.at++
 	return true
 }
@@ -120,11 +121,12 @@ func (r *intake) next(now *arrival) bool {
 // next stranger, and answered from the local address it wrote to. That of a path
 // is not moved by a datagram which anybody can have sent.
 func (r *intake) sender(a netip.AddrPort, local netip.Addr) *endpoint {
-	if e := r.b.peers.sender(a); e != nil {
+	if e := r.b.peers.sender(a, r.spare); e != nil {
 		return e
 	}
-	if r.stranger == nil || r.stranger.to != a {
+	if r.stranger == nil || r.stranger.to != a || r.stranger.spare != r.spare {
 		r.stranger = newEndpoint(a, nil)
+		r.stranger.spare = r.spare
 	}
 	r.stranger.pin(local)
 	return r.stranger

@@ -185,7 +185,7 @@ func TestBindWithstandsFragments(t *testing.T) {
 		}
 		// Someone on the path can forge what only a peer should send.
 		for _, p := range [][]byte{good[0], fragmentsOf(t, dataMessage(4, round, 5000), 1432)[0], renamed(good[:1])[0]} {
-			if err := a.send(p, b.at(false), netip.Addr{}, 0); err != nil {
+			if err := a.send(p, b.at(false), netip.AddrPort{}, 0); err != nil {
 				t.Fatal(err)
 			}
 		}

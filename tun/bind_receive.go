@@ -18,10 +18,10 @@ const strayInterval = time.Second
 type arrival struct {
 	data    []byte
 	segment int
-	gap     int        // bytes between them
-	ep      *endpoint  // of the sender; nil: link says who that is
-	link    uint16     // over whose own connection it came; 0: over UDP
-	at      netip.Addr // local address
+	gap     int            // bytes between them
+	ep      *endpoint      // of the sender; nil: link says who that is
+	link    uint16         // over whose own connection it came; 0: over UDP
+	at      netip.AddrPort // local address, as Config.Receive gets it
 }
 
 // skip moves the cursor behind the first n datagrams.
@@ -130,7 +130,7 @@ func (r *receiver) unpack(dst []byte) (got, done int) {
 	switch {
 	case kind == frameFlow || r.now.link != 0:
 		kind = r.enter(kind, b)
-		lead, at = min(flowHeader, len(b)), netip.Addr{}
+		lead, at = min(flowHeader, len(b)), netip.AddrPort{}
 	case kind == frameSignal:
 		kind = frameOwn // only in a flow
 	}

@@ -153,7 +153,7 @@ func TestRelayCarries(t *testing.T) {
 // STUN and signals go both ways in a flow, but nothing with a TTL of its own.
 func TestSendIntoFlow(t *testing.T) {
 	got := make(chan heard, 10)
-	c := Config{Receive: func(b []byte, from netip.AddrPort, at netip.Addr) {
+	c := Config{Receive: func(b []byte, from, at netip.AddrPort) {
 		if at.IsValid() {
 			t.Errorf("arrived at %v", at)
 		}
@@ -164,7 +164,7 @@ func TestSendIntoFlow(t *testing.T) {
 		for i := range 4 {
 			f.set(0, i&1 != 0)
 			f.set(1, i&2 != 0)
-			if err := a.send(m, toB.to, netip.Addr{}, 0); err != nil {
+			if err := a.send(m, toB.to, netip.AddrPort{}, 0); err != nil {
 				t.Fatal(err)
 			}
 			if one := <-got; one.data != string(m) || one.from != toA.to {
@@ -172,14 +172,14 @@ func TestSendIntoFlow(t *testing.T) {
 			}
 		}
 	}
-	if err := a.send(stunMessage(100), toB.to, netip.Addr{}, 3); !errors.Is(err, errHops) {
+	if err := a.send(stunMessage(100), toB.to, netip.AddrPort{}, 3); !errors.Is(err, errHops) {
 		t.Errorf("with a TTL: %v", err)
 	}
 	a.peers.setLink(1, Link{})
-	if err := a.send(stunMessage(100), toB.to, netip.Addr{}, 0); !errors.Is(err, errDown) {
+	if err := a.send(stunMessage(100), toB.to, netip.AddrPort{}, 0); !errors.Is(err, errDown) {
 		t.Errorf("with a link that is down: %v", err)
 	}
-	if err := a.send(stunMessage(100), netip.AddrPortFrom(handleA, relayedPort|2), netip.Addr{}, 0); !errors.Is(err, errMesh) {
+	if err := a.send(stunMessage(100), netip.AddrPortFrom(handleA, relayedPort|2), netip.AddrPort{}, 0); !errors.Is(err, errMesh) {
 		t.Errorf("to no way: %v", err)
 	}
 }

@@ -130,14 +130,10 @@ func (b *bind) transmit(bufs [][]byte, e *endpoint) error {
 // ship sends a batch to a UDP address. It goes on without the source address and
 // without segmentation when the kernel refuses those.
 func (b *bind) ship(o *batch) error {
-	open := b.open.Load()
-	if open == nil {
-		return net.ErrClosed
-	}
 	e := o.to
-	s := open.of(e.to.Addr())
-	if s == nil {
-		return fmt.Errorf("send to %s: %w", e.to, unix.EAFNOSUPPORT)
+	s, err := b.socket(e)
+	if err != nil {
+		return fmt.Errorf("send to %s: %w", e.to, err)
 	}
 	t := b.trains.Get().(*train)
 	defer b.trains.Put(t)
@@ -163,6 +159,24 @@ func (b *bind) ship(o *batch) error {
 		tries++
 	}
 	return nil
+}
+
+// socket is what sends to e.
+func (b *bind) socket(e *endpoint) (*socket, error) {
+	open := b.open.Load()
+	if open == nil {
+		return nil, net.ErrClosed
+	}
+	if e.spare != nil {
+		if s := e.spare.now.Load(); s != nil {
+			return s, nil
+		}
+		return nil, net.ErrClosed
+	}
+	if s := open.of(e.to.Addr()); s != nil {
+		return s, nil
+	}
+	return nil, unix.EAFNOSUPPORT
 }
 
 // segments reports whether datagrams to e may travel as groups.
@@ -197,25 +211,27 @@ func badSource(errno syscall.Errno) bool {
 	return errno == unix.EINVAL || errno == unix.EADDRNOTAVAIL || errno == unix.ENETUNREACH
 }
 
-// send sends one datagram of ours, from a local address when from is valid, and
-// with a TTL or hop limit of its own when ttl is not 0; or into a flow.
-func (b *bind) send(p []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
+// send sends one datagram of ours, from a local address where that is valid, from
+// a spare socket where from has a port, and with a TTL or hop limit of its own when
+// ttl is not 0; or into a flow.
+func (b *bind) send(p []byte, to, from netip.AddrPort, ttl int) error {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if b.config.meshed(to.Addr()) {
 		return b.sendFlow(p, to, ttl)
 	}
-	open := b.open.Load()
-	if open == nil {
-		return fmt.Errorf("send to %s: %w", to, net.ErrClosed)
-	}
-	s := open.of(to.Addr())
-	if s == nil {
-		return fmt.Errorf("send to %s: %w", to, unix.EAFNOSUPPORT)
-	}
 	e := newEndpoint(to, nil)
-	e.pin(from)
-	err := b.sendOne(p, e, s, ttl)
-	if errno := syscall.Errno(0); from.IsValid() && errors.As(err, &errno) && badSource(errno) {
+	if port := from.Port(); port != 0 {
+		if e.spare = b.peers.spare(port); e.spare == nil {
+			return fmt.Errorf("send to %s from port %d: %w", to, port, errNoSocket)
+		}
+	}
+	s, err := b.socket(e)
+	if err != nil {
+		return fmt.Errorf("send to %s: %w", to, err)
+	}
+	e.pin(from.Addr())
+	err = b.sendOne(p, e, s, ttl)
+	if errno := syscall.Errno(0); from.Addr().IsValid() && errors.As(err, &errno) && badSource(errno) {
 		e.pin(netip.Addr{})
 		err = b.sendOne(p, e, s, ttl)
 	}

@@ -20,6 +20,8 @@ type socket struct {
 	flat refusal       // of UDP_SEGMENT, by the device it went to
 	bell *bell         // of its receiver
 	done chan struct{} // closed by close
+
+	overflow uint32 // what it dropped, as its receiver last heard
 }
 
 func (b *bind) openSocket(network string, port uint16) (*socket, error) {

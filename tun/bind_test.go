@@ -125,7 +125,9 @@ func (o *opened) nothing(t *testing.T) {
 
 func (o *opened) path(t *testing.T, k Key, to netip.AddrPort) conn.Endpoint {
 	t.Helper()
-	o.setPath(k, to, netip.Addr{})
+	if err := o.setPath(k, to, netip.AddrPort{}); err != nil {
+		t.Fatal(err)
+	}
 	e, err := o.ParseEndpoint(to.String())
 	if err != nil {
 		t.Fatal(err)
@@ -176,14 +178,14 @@ func TestBindAnswersFromTheAskedAddress(t *testing.T) {
 	asked := netip.AddrFrom4([4]byte{127, 0, 0, 9})
 	answers := make(chan netip.AddrPort, 1)
 	var b *opened
-	a := openBind(t, Config{Receive: func(_ []byte, from netip.AddrPort, _ netip.Addr) { answers <- from }}, peerOf(keyB, true))
-	b = openBind(t, Config{Receive: func(p []byte, from netip.AddrPort, at netip.Addr) {
+	a := openBind(t, Config{Receive: func(_ []byte, from, _ netip.AddrPort) { answers <- from }}, peerOf(keyB, true))
+	b = openBind(t, Config{Receive: func(p []byte, from, at netip.AddrPort) {
 		if err := b.send(p, from, at, 0); err != nil {
 			t.Error(err)
 		}
 	}}, peerOf(keyA, true))
 	toB, toA := a.path(t, keyB, netip.AddrPortFrom(asked, b.port())), b.path(t, keyA, a.at(false))
-	if err := a.send(stunMessage(60), netip.AddrPortFrom(asked, b.port()), netip.Addr{}, 0); err != nil {
+	if err := a.send(stunMessage(60), netip.AddrPortFrom(asked, b.port()), netip.AddrPort{}, 0); err != nil {
 		t.Fatal(err)
 	}
 	if from := <-answers; from.Addr() != asked {
@@ -199,8 +201,8 @@ func TestBindAnswersFromTheAskedAddress(t *testing.T) {
 			t.Errorf("data from %s, want %s", m.ep.DstToString(), from)
 		}
 	}
-	b.setPath(keyA, a.at(false), asked)
-	if err := a.send(hello, b.at(false), netip.Addr{}, 0); err != nil { // to the other address
+	b.setPath(keyA, a.at(false), netip.AddrPortFrom(asked, 0))
+	if err := a.send(hello, b.at(false), netip.AddrPort{}, 0); err != nil { // to the other address
 		t.Fatal(err)
 	}
 	b.next(t)
@@ -209,9 +211,10 @@ func TestBindAnswersFromTheAskedAddress(t *testing.T) {
 	if toB.SrcIP().IsValid() {
 		t.Error("an answer moved the source")
 	}
-	b.setPath(keyA, a.at(false), netip.AddrFrom4([4]byte{192, 0, 2, 77})) // not this host's
+	gone := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 77}), 0) // not this host's
+	b.setPath(keyA, a.at(false), gone)
 	answer(a.at(false).Addr())
-	if err := b.send(hello, a.at(false), netip.AddrFrom4([4]byte{192, 0, 2, 77}), 0); err != nil {
+	if err := b.send(hello, a.at(false), gone, 0); err != nil {
 		t.Error(err)
 	}
 	a.next(t)
@@ -231,7 +234,7 @@ func sender(t *testing.T) *net.UDPConn {
 func TestBindTellsApart(t *testing.T) {
 	stuns := make(chan []byte, 10)
 	froms := make(chan netip.AddrPort, 10)
-	o := openBind(t, Config{Receive: func(b []byte, from netip.AddrPort, _ netip.Addr) { stuns <- bytes.Clone(b); froms <- from }})
+	o := openBind(t, Config{Receive: func(b []byte, from, _ netip.AddrPort) { stuns <- bytes.Clone(b); froms <- from }})
 	c := sender(t)
 	own := bytes.Repeat([]byte{0x90}, initiationSize)
 	fragment := bytes.Repeat([]byte{0x80}, initiationSize) // of no session
@@ -308,7 +311,7 @@ func TestSendTTL(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, ttl := range []int{0, 3, 255, 0} {
-			if err := o.send([]byte("hello"), c.LocalAddr().(*net.UDPAddr).AddrPort(), netip.Addr{}, ttl); err != nil {
+			if err := o.send([]byte("hello"), c.LocalAddr().(*net.UDPAddr).AddrPort(), netip.AddrPort{}, ttl); err != nil {
 				t.Fatal(err)
 			}
 			want := ttl
@@ -341,16 +344,16 @@ func receivedTTL(t *testing.T, c *net.UDPConn, kind int) int {
 
 func TestSendRefuses(t *testing.T) {
 	o := openBind(t, Config{})
-	if err := o.send([]byte{1}, netip.AddrPortFrom(handleA, 9), netip.Addr{}, 0); !errors.Is(err, errMesh) {
+	if err := o.send([]byte{1}, netip.AddrPortFrom(handleA, 9), netip.AddrPort{}, 0); !errors.Is(err, errMesh) {
 		t.Errorf("into the mesh: %v", err)
 	}
-	if err := o.send(make([]byte, 70000), o.at(false), netip.Addr{}, 0); !errors.Is(err, unix.EMSGSIZE) {
+	if err := o.send(make([]byte, 70000), o.at(false), netip.AddrPort{}, 0); !errors.Is(err, unix.EMSGSIZE) {
 		t.Errorf("too large: %v", err)
 	}
 	if err := o.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := o.send([]byte{1}, netip.MustParseAddrPort("127.0.0.1:9"), netip.Addr{}, 0); !errors.Is(err, net.ErrClosed) {
+	if err := o.send([]byte{1}, netip.MustParseAddrPort("127.0.0.1:9"), netip.AddrPort{}, 0); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("closed: %v", err)
 	}
 }
@@ -603,7 +606,7 @@ func FuzzDeliver(f *testing.F) {
 			return
 		}
 		stun := 0
-		b := newBind(Config{Receive: func(b []byte, _ netip.AddrPort, _ netip.Addr) { stun += len(b) }}, newPeers())
+		b := newBind(Config{Receive: func(b []byte, _, _ netip.AddrPort) { stun += len(b) }}, newPeers())
 		in := newIntake(b, nil)
 		r := newReceiver(b, in, nil)
 		in.load(netip.AddrPort{}, data, segment)

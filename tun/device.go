@@ -44,6 +44,7 @@ type Device struct {
 	mu     sync.Mutex
 	known  map[Key]Peer // as last set
 	failed map[Key]bool // in a set that failed: state unknown
+	port   uint16       // of the sockets, when Rebind last saw them
 	closed bool
 }
 
@@ -178,6 +179,26 @@ func (d *Device) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
+// Rebind closes all sockets and opens them again on the same ports, those of
+// OpenSockets too; sessions and endpoints stay. While it fails nothing is sent or
+// received, and it can be repeated. It must not be called from Config.Receive or
+// Config.Demand. The sockets are made in the network namespace of the calling
+// thread.
+func (d *Device) Rebind() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return ErrClosed
+	}
+	if port := d.bind.port(); port != 0 {
+		d.port = port
+	}
+	if err := d.wg.IpcSet(fmt.Sprintf("listen_port=%d\n", d.port)); err != nil {
+		return fmt.Errorf("open udp port %d again: %w", d.port, err)
+	}
+	return nil
+}
+
 // waitClosed waits for the end of wireguard-go, which closes itself when it can
 // no longer read from the TUN.
 func (d *Device) waitClosed(ctx context.Context) error {
@@ -195,12 +216,13 @@ func (d *Device) waitClosed(ctx context.Context) error {
 	return fmt.Errorf("interface %s: %w", d.config.Name, ErrInterfaceGone)
 }
 
-// Send sends one datagram from the WireGuard port, from the given local address
-// when that is valid and still this host's, and with the given TTL or hop limit
-// where it is above zero. To a handle of SetWays it goes through the relay, which
+// Send sends one datagram, from the given local address when that is valid and
+// still this host's, from the spare socket of the given port or from the WireGuard
+// port when it is 0, and with the given TTL or hop limit where that is above zero.
+// To a handle of SetWays it goes through the relay, which
 // no datagram with a TTL of its own does. It never blocks, and sends nothing else
 // into Config.Mesh.
-func (d *Device) Send(b []byte, to netip.AddrPort, from netip.Addr, ttl int) error {
+func (d *Device) Send(b []byte, to, from netip.AddrPort, ttl int) error {
 	return d.bind.send(b, to, from, ttl)
 }
 
@@ -212,7 +234,7 @@ func (d *Device) Capabilities() Capabilities {
 	return Large
 }
 
-// Port is the UDP port of both families.
+// Port is the UDP port of both families, that of the main sockets.
 func (d *Device) Port() uint16 { return d.bind.port() }
 
 // Name is the name of the interface.

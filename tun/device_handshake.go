@@ -44,7 +44,8 @@ type handshakes struct {
 type handshake struct {
 	started time.Time
 	to      netip.AddrPort // endpoint; zero: a handle
-	moved   time.Time      // when to was set
+	port    uint16         // of the spare socket; 0: a main one
+	moved   time.Time      // when those were set
 	waiting bool           // a start is put off
 	waited  bool           // it was, long enough
 }
@@ -69,11 +70,11 @@ func (h *handshakes) forget(k Key) {
 }
 
 // move notes an endpoint before it is written; writing can send an initiation.
-func (h *handshakes) move(k Key, to netip.AddrPort) {
+func (h *handshakes) move(k Key, to netip.AddrPort, port uint16) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if one := h.of(k); one.to != to {
-		one.to, one.moved = to, time.Now()
+	if one := h.of(k); one.to != to || one.port != port {
+		one.to, one.port, one.moved = to, port, time.Now()
 	}
 }
 

@@ -122,23 +122,24 @@ func (d *Device) peerConfig(p Peer, known bool) wgtypes.PeerConfig {
 }
 
 // SetEndpoint makes to the address to which the peer's packets are sent, from the
-// local address from when that is valid, and sends what waited for it. Inside
+// local address of from when that is valid, through the spare socket of its port
+// when that is not 0, and sends what waited for it. Inside
 // Config.Mesh it takes only the handles of SetWays; with one the peer has no
 // persistent keepalive: the link to the relay has its own.
-func (d *Device) SetEndpoint(k Key, to netip.AddrPort, from netip.Addr) error {
+func (d *Device) SetEndpoint(k Key, to, from netip.AddrPort) error {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	relayed := d.config.meshed(to.Addr())
 	if !to.IsValid() || relayed && !d.peers.follow(k, to) {
 		return fmt.Errorf("set endpoint on %s: neither an address outside the mesh nor a way of the peer", d.config.Name)
 	}
-	return d.setEndpoint(k, func(p Peer) (netip.AddrPort, time.Duration) {
+	return d.setEndpoint(k, func(p Peer) (netip.AddrPort, time.Duration, error) {
 		if relayed {
-			d.starts.move(k, to)
-			return to, 0
+			d.starts.move(k, to, 0)
+			return to, 0, nil
 		}
-		d.starts.move(k, to)
-		d.bind.setPath(k, to, from) // before the write, which looks the path up by address
-		return to, p.Keepalive
+		d.starts.move(k, to, from.Port())
+		// Before the write, which looks the path up by address.
+		return to, p.Keepalive, d.bind.setPath(k, to, from)
 	})
 }
 
@@ -153,21 +154,24 @@ func (d *Device) SetRoundTrip(k Key, trip time.Duration) {
 // ClearEndpoint gives the peer a handle for an endpoint: its packets are dropped
 // until SetEndpoint, and nothing is sent to keep it open.
 func (d *Device) ClearEndpoint(k Key) error {
-	return d.setEndpoint(k, func(p Peer) (netip.AddrPort, time.Duration) {
-		d.starts.move(k, netip.AddrPort{})
-		return d.bind.handle(k, p.Handle), 0
+	return d.setEndpoint(k, func(p Peer) (netip.AddrPort, time.Duration, error) {
+		d.starts.move(k, netip.AddrPort{}, 0)
+		return d.bind.handle(k, p.Handle), 0, nil
 	})
 }
 
-func (d *Device) setEndpoint(k Key, endpoint func(Peer) (netip.AddrPort, time.Duration)) error {
+func (d *Device) setEndpoint(k Key, endpoint func(Peer) (netip.AddrPort, time.Duration, error)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	p, ok := d.known[k]
 	if !ok || d.failed[k] {
 		return fmt.Errorf("set endpoint on %s: %w", d.config.Name, ErrUnknownPeer)
 	}
-	to, keepalive := endpoint(p)
-	err := d.configure([]wgtypes.PeerConfig{{
+	to, keepalive, err := endpoint(p)
+	if err != nil {
+		return fmt.Errorf("set endpoint on %s: %w", d.config.Name, err)
+	}
+	err = d.configure([]wgtypes.PeerConfig{{
 		PublicKey:                   k,
 		UpdateOnly:                  true,
 		Endpoint:                    net.UDPAddrFromAddrPort(to),

@@ -32,7 +32,7 @@ func (d *node) wayTo(t *testing.T, peer *node) netip.AddrPort {
 	if want := netip.AddrPortFrom(peer.self.Handle, relayedPort|1); h != want {
 		t.Fatalf("handle %v, want %v", h, want)
 	}
-	check(t, d.SetEndpoint(peer.self.Key, h, netip.Addr{}))
+	check(t, d.SetEndpoint(peer.self.Key, h, netip.AddrPort{}))
 	return h
 }
 
@@ -82,18 +82,18 @@ func TestThroughRelay(t *testing.T) {
 	}
 	direct := at("10.9.0.2", b.Port())
 	onceEach("relayed")
-	check(t, a.SetEndpoint(k, direct, netip.Addr{}))
+	check(t, a.SetEndpoint(k, direct, netip.AddrPort{}))
 	a.SetCopy(k, handle)
 	if every := a.keepalive(t, k); every != b.self.Keepalive {
 		t.Errorf("a keepalive of %v on the direct path", every)
 	}
 	onceEach("directly, with copies by the relay")
-	check(t, a.SetEndpoint(k, handle, netip.Addr{}))
+	check(t, a.SetEndpoint(k, handle, netip.AddrPort{}))
 	a.SetCopy(k, direct)
 	onceEach("relayed, with direct copies")
 	a.SetLink(1, Link{})
 	onceEach("with copies only")
-	if err := a.SetEndpoint(k, at("fd99::2", relayedPort|2), netip.Addr{}); err == nil {
+	if err := a.SetEndpoint(k, at("fd99::2", relayedPort|2), netip.AddrPort{}); err == nil {
 		t.Error("an endpoint that is no way")
 	}
 }

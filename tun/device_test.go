@@ -123,7 +123,7 @@ func TestPeersAndEndpoints(t *testing.T) {
 	}
 
 	to := netip.MustParseAddrPort("192.0.2.7:4242")
-	check(t, d.SetEndpoint(k, to, netip.Addr{}))
+	check(t, d.SetEndpoint(k, to, netip.AddrPort{}))
 	if every := d.keepalive(t, k); every != peer.Keepalive {
 		t.Errorf("a peer with a path has a keepalive of %v, want %v", every, peer.Keepalive)
 	}
@@ -145,13 +145,13 @@ func TestPeersAndEndpoints(t *testing.T) {
 		t.Errorf("cleared endpoint %v, want a handle other than %v", got, first)
 	}
 	for what, err := range map[string]error{
-		"removed peer": d.SetEndpoint(other, to, netip.Addr{}), "cleared removed peer": d.ClearEndpoint(other),
+		"removed peer": d.SetEndpoint(other, to, netip.AddrPort{}), "cleared removed peer": d.ClearEndpoint(other),
 	} {
 		if !errors.Is(err, ErrUnknownPeer) {
 			t.Errorf("%s: %v, want %v", what, err, ErrUnknownPeer)
 		}
 	}
-	if err := d.SetEndpoint(k, netip.MustParseAddrPort("100.99.0.2:1"), netip.Addr{}); err == nil {
+	if err := d.SetEndpoint(k, netip.MustParseAddrPort("100.99.0.2:1"), netip.AddrPort{}); err == nil {
 		t.Error("an endpoint inside the mesh was accepted")
 	}
 }
@@ -186,7 +186,7 @@ func TestFailedSetIsMended(t *testing.T) {
 	if err := d.SetPeers([]Peer{bad}); err == nil {
 		t.Fatal("a handle with a zone was accepted; nothing is tested")
 	}
-	if err := d.SetEndpoint(k, netip.MustParseAddrPort("192.0.2.7:1"), netip.Addr{}); !errors.Is(err, ErrUnknownPeer) {
+	if err := d.SetEndpoint(k, netip.MustParseAddrPort("192.0.2.7:1"), netip.AddrPort{}); !errors.Is(err, ErrUnknownPeer) {
 		t.Errorf("endpoint of a half-made peer: %v, want %v", err, ErrUnknownPeer)
 	}
 	good := Peer{Key: k, Handle: netip.MustParseAddr("fd99::2")}
@@ -205,7 +205,7 @@ func TestSocketFileIsPutBack(t *testing.T) {
 	check(t, d.SetPeers([]Peer{{Key: k, Handle: netip.MustParseAddr("fd99::2")}}))
 	path := uapiFolder + "/" + d.Name() + ".sock"
 	check(t, os.Remove(path))
-	check(t, d.SetEndpoint(k, netip.MustParseAddrPort("192.0.2.7:1"), netip.Addr{}))
+	check(t, d.SetEndpoint(k, netip.MustParseAddrPort("192.0.2.7:1"), netip.AddrPort{}))
 	info, err := os.Stat(path)
 	check(t, err)
 	if got := info.Mode().Perm(); got != 0o600 {
@@ -228,7 +228,7 @@ func TestNothingWaitsAfterTheEnd(t *testing.T) {
 	if err := <-d.ran; err != nil {
 		t.Errorf("Run: %v, want nil", err)
 	}
-	if err := d.SetEndpoint(k, netip.MustParseAddrPort("192.0.2.7:1"), netip.Addr{}); !errors.Is(err, ErrClosed) {
+	if err := d.SetEndpoint(k, netip.MustParseAddrPort("192.0.2.7:1"), netip.AddrPort{}); !errors.Is(err, ErrClosed) {
 		t.Errorf("after Run: %v, want %v", err, ErrClosed)
 	}
 	check(t, d.Close())

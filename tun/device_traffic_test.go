@@ -103,7 +103,7 @@ func bothStartAtOnce(t *testing.T) {
 		addr     string
 	}{{a, b, "10.9.0.2"}, {b, a, "10.9.0.1"}} {
 		wg.Go(func() {
-			if err := side.from.SetEndpoint(side.to.self.Key, at(side.addr, side.to.Port()), netip.Addr{}); err != nil {
+			if err := side.from.SetEndpoint(side.to.self.Key, at(side.addr, side.to.Port()), netip.AddrPort{}); err != nil {
 				t.Error(err)
 			}
 			side.from.StartHandshake(side.to.self.Key)
@@ -141,8 +141,8 @@ func TestOneSideLostItsSession(t *testing.T) {
 			for i := range 2 {
 				b := newNode(t, sb, 2, func(c *Config) { c.PrivateKey = k[1]; c.Port = 41002 })
 				pairUp(t, a, b)
-				check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.Addr{}))
-				check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port()), netip.Addr{}))
+				check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.AddrPort{}))
+				check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port()), netip.AddrPort{}))
 				a.StartHandshake(b.self.Key)
 				b.StartHandshake(a.self.Key)
 				client := listenIn(t, sb, "100.99.0.2:0")
@@ -164,8 +164,8 @@ func TestPing(t *testing.T) {
 	joinSpaces(t, sa, sb)
 	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
 	pairUp(t, a, b)
-	check(t, a.SetEndpoint(b.self.Key, at("fd09::2", b.Port()), netip.Addr{}))
-	check(t, b.SetEndpoint(a.self.Key, at("fd09::1", a.Port()), netip.Addr{}))
+	check(t, a.SetEndpoint(b.self.Key, at("fd09::2", b.Port()), netip.AddrPort{}))
+	check(t, b.SetEndpoint(a.self.Key, at("fd09::1", a.Port()), netip.AddrPort{}))
 	greet(t, a, b)
 	for _, to := range []string{"100.99.0.2", "fd99::2"} {
 		sa.do(t, func() error {
@@ -186,7 +186,7 @@ func TestForeignSourceDoesNotMoveEndpoint(t *testing.T) {
 	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
 	pairUp(t, a, b)
 	direct := at("10.9.0.2", b.Port())
-	check(t, a.SetEndpoint(b.self.Key, direct, netip.Addr{}))
+	check(t, a.SetEndpoint(b.self.Key, direct, netip.AddrPort{}))
 	forwarder := listenIn(t, sb, "10.9.0.3:0")
 	forwarded := make(chan struct{}, 1)
 	go func() {
@@ -207,7 +207,7 @@ func TestForeignSourceDoesNotMoveEndpoint(t *testing.T) {
 			}
 		}
 	}()
-	check(t, b.SetEndpoint(a.self.Key, forwarder.LocalAddr().(*net.UDPAddr).AddrPort(), netip.Addr{}))
+	check(t, b.SetEndpoint(a.self.Key, forwarder.LocalAddr().(*net.UDPAddr).AddrPort(), netip.AddrPort{}))
 	echo(t, sa, "100.99.0.1:7000")
 	client := listenIn(t, sb, "100.99.0.2:0")
 	b.StartHandshake(a.self.Key)
@@ -228,8 +228,8 @@ func TestCloseInFullSwing(t *testing.T) {
 	joinSpaces(t, sa, sb)
 	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
 	pairUp(t, a, b)
-	check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.Addr{}))
-	check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port()), netip.Addr{}))
+	check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.AddrPort{}))
+	check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port()), netip.AddrPort{}))
 	a.StartHandshake(b.self.Key)
 	b.StartHandshake(a.self.Key)
 	echo(t, sb, "100.99.0.2:7000")
@@ -243,11 +243,11 @@ func TestCloseInFullSwing(t *testing.T) {
 			_, err := client.WriteToUDPAddrPort(make([]byte, 1000), at("100.99.0.2", 7000))
 			return err
 		},
-		func() error { return a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.Addr{}) },
+		func() error { return a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.AddrPort{}) },
 		func() error { return a.SetPeers([]Peer{b.self}) },
 		func() error { _, err := a.Stats(); return err },
 		func() error { a.StartHandshake(b.self.Key); return nil },
-		func() error { return a.Send([]byte("x"), at("10.9.0.2", 9), netip.Addr{}, 0) },
+		func() error { return a.Send([]byte("x"), at("10.9.0.2", 9), netip.AddrPort{}, 0) },
 	} {
 		wg.Go(func() {
 			for {
@@ -287,8 +287,8 @@ func TestLargeMessages(t *testing.T) {
 		t.Fatal("no virtio header on the TUN of this kernel")
 	}
 	pairUp(t, a, b)
-	check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.Addr{}))
-	check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port()), netip.Addr{}))
+	check(t, a.SetEndpoint(b.self.Key, at("10.9.0.2", b.Port()), netip.AddrPort{}))
+	check(t, b.SetEndpoint(a.self.Key, at("10.9.0.1", a.Port()), netip.AddrPort{}))
 	greet(t, a, b)
 	a.peers.byKey(b.self.Key).level.now.Store(levelWhole) // where a clean path leads
 	const size = 8 << 20

@@ -45,7 +45,7 @@ func TestHandshakesDue(t *testing.T) {
 	k, path, other := Key{1}, netip.MustParseAddrPort("192.0.2.1:1"), netip.MustParseAddrPort("192.0.2.2:1")
 	synctest.Test(t, func(t *testing.T) {
 		c := clock{initiate: true}
-		c.h.move(k, path)
+		c.h.move(k, path, 0)
 		c.expect(t, "no session", k, 0)
 		c.expect(t, "at once again", k, never)
 		c.expect(t, "another peer", Key{2}, 0)
@@ -53,9 +53,9 @@ func TestHandshakesDue(t *testing.T) {
 			t.Errorf("sessions were read %d times within 20 ms, want once", c.reads)
 		}
 		time.Sleep(10 * time.Millisecond)
-		c.h.move(k, path)
+		c.h.move(k, path, 0)
 		c.expect(t, "on the same path", k, never)
-		c.h.move(k, other)
+		c.h.move(k, other, 0)
 		c.expect(t, "on another path", k, startInterval-10*time.Millisecond)
 		c.expect(t, "while one is put off", k, never)
 		time.Sleep(startInterval)

@@ -47,7 +47,8 @@ func (s *sockaddr) get() netip.AddrPort {
 // endpoint is a conn.Endpoint: a path to a peer, direct or through a relay, a
 // handle that drops, the UDP port of a relay, or an address nobody registered.
 // One path has one object, whether wireguard-go got it from ParseEndpoint or
-// with a packet. Safe for concurrent use.
+// with a packet; over two local ports there are two paths. Safe for concurrent
+// use.
 type endpoint struct {
 	to   netip.AddrPort
 	name sockaddr // to, as the kernel takes it
@@ -55,6 +56,7 @@ type endpoint struct {
 	peer *peer    // nil: unknown
 	drop bool     // a handle without a path
 
+	spare *spare           // through which datagrams go; nil: a main socket
 	relay *relay           // through which datagrams go; nil: they go to to
 	head  [flowHeader]byte // what they begin with then
 

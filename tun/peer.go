@@ -64,7 +64,10 @@ type peers struct {
 	mu      sync.RWMutex
 	keys    map[Key]*peer
 	inner   map[netip.Addr]*peer
-	paths   map[netip.AddrPort]*endpoint
+	paths   map[netip.AddrPort]*endpoint // and handles; of spare sockets they are in those
+	named   *endpoint                    // the path registered last
+	spares  map[uint16]*spare            // by port
+	pool    *pool                        // receives from those; nil: closed
 	indices map[uint32]*peer
 	flows   map[uint64][]*endpoint       // by header; one for each relay
 	relays  map[uint16]*relay            // by number
@@ -76,6 +79,7 @@ func newPeers() *peers {
 		keys:    make(map[Key]*peer),
 		inner:   make(map[netip.Addr]*peer),
 		paths:   make(map[netip.AddrPort]*endpoint),
+		spares:  make(map[uint16]*spare),
 		indices: make(map[uint32]*peer),
 		flows:   make(map[uint64][]*endpoint),
 		relays:  make(map[uint16]*relay),
@@ -133,8 +137,12 @@ func (t *peers) forget(p *peer) {
 }
 
 func (t *peers) unlist(e *endpoint) {
-	if t.paths[e.to] == e {
-		delete(t.paths, e.to)
+	if t.named == e {
+		t.named = nil
+	}
+	if paths := t.table(e.spare); paths[e.to] == e {
+		delete(paths, e.to)
+		t.leave(e.spare)
 	}
 }
 
@@ -165,10 +173,14 @@ func (t *peers) byIndex(index uint32) *peer {
 	return t.indices[index]
 }
 
-// at returns the endpoint of a path or handle, nil when there is none.
+// at returns the endpoint of a path or handle, nil when there is none. Of paths
+// over several local ports it is the one registered last.
 func (t *peers) at(a netip.AddrPort) *endpoint {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
+	if t.named != nil && t.named.to == a {
+		return t.named
+	}
 	return t.paths[a]
 }
 
@@ -187,22 +199,25 @@ func (t *peers) learn(index uint32, p *peer) {
 	t.indices[index] = p
 }
 
-// path registers an address as a path of k and returns its endpoint: the one
-// there is, when it already was the peer's. A stranger gets nil.
-func (t *peers) path(k Key, to netip.AddrPort) *endpoint {
+// path registers an address as a path of k over a local port, 0 for the main one,
+// and returns its endpoint: the one there is, when it already was the peer's. A
+// stranger gets nil, and so does who names a port that is closed.
+func (t *peers) path(k Key, to netip.AddrPort, port uint16) *endpoint {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	p := t.keys[k]
-	if p == nil {
+	p, s := t.keys[k], t.spares[port]
+	if p == nil || s == nil && port != 0 {
 		return nil
 	}
-	e := t.paths[to]
+	e := t.table(s)[to]
 	if e == nil || e.peer != p {
 		e = newEndpoint(to, p)
+		e.spare = s
 	}
 	if p.use(e) {
 		t.list(p, e)
 	}
+	t.named = e
 	return e
 }
 
@@ -243,21 +258,23 @@ func (t *peers) handle(k Key, a netip.Addr) *endpoint {
 
 // list interns e as the newest endpoint of p. Call with mu held.
 func (t *peers) list(p *peer, e *endpoint) {
-	p.endpoints = slices.DeleteFunc(p.endpoints, func(old *endpoint) bool { return old.to == e.to })
+	t.table(e.spare)[e.to] = e // first, or its socket might be left
+	p.endpoints = slices.DeleteFunc(p.endpoints, func(old *endpoint) bool { return old.to == e.to && old.spare == e.spare })
 	if len(p.endpoints) == maxEndpoints {
 		t.unlist(p.endpoints[0])
 		p.endpoints = slices.Delete(p.endpoints, 0, 1)
 	}
 	p.endpoints = append(p.endpoints, e)
-	t.paths[e.to] = e
 }
 
 // clearSources forgets from which local addresses paths are used.
 func (t *peers) clearSources() {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	for _, e := range t.paths {
-		e.pin(netip.Addr{})
+	for _, p := range t.keys {
+		for _, e := range p.endpoints {
+			e.pin(netip.Addr{})
+		}
 	}
 }
 

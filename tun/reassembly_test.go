@@ -39,7 +39,7 @@ func newAssembly(c Config) *assembly {
 		a.packets = append(a.packets, make([]byte, maxPacket))
 	}
 	for k, to := range assemblyPaths {
-		a.b.setPath(k, to, netip.Addr{})
+		a.b.setPath(k, to, netip.AddrPort{})
 		table.learn(assemblySessions[k], table.byKey(k))
 	}
 	return a

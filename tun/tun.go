@@ -4,10 +4,10 @@
 // netlink.
 //
 //	kernel route ─ TUN ─ wireguard-go seals ─ Bind.Send ─ UDP socket
-//	UDP socket ─ Bind ┬ STUN-shaped, or from a relay: Config.Receive, never wireguard-go
-//	                  ├ flow header: taken off; the rest is as from a path of the peer
-//	                  ├ fragment: put together, then as WireGuard
-//	                  └ WireGuard: opens ─ TUN
+//	UDP sockets ─ Bind ┬ STUN-shaped, or from a relay: Config.Receive, never wireguard-go
+//	                   ├ flow header: taken off; the rest is as from a path of the peer
+//	                   ├ fragment: put together, then as WireGuard
+//	                   └ WireGuard: opens ─ TUN
 //
 // Peers that say so in their record (Large) get large messages: many packets in
 // one container (container.go), which the Bind cuts into fragments that fit the
@@ -51,11 +51,12 @@ type Config struct {
 
 	// Receive gets every STUN-shaped datagram and every message of a relay (first
 	// byte 0xa0), in the receiving goroutine, with the local address it arrived at
-	// (zero: unknown). What is STUN-shaped or a signal (0xb0) in a flow comes
-	// without the flow's header, from the handle of SetWays. b is valid during the
-	// call. It must not call back into the Device, but for Send. It may be called
-	// by several goroutines at a time.
-	Receive func(b []byte, from netip.AddrPort, at netip.Addr)
+	// (zero: unknown) and, as its port, that of a spare socket, 0 for a main one.
+	// What is STUN-shaped or a signal (0xb0) in a flow comes without the flow's
+	// header, from the handle of SetWays. b is valid during the call. It must not
+	// call back into the Device, but for Send, OpenSockets and CloseSockets. It may
+	// be called by several goroutines at a time.
+	Receive func(b []byte, from, at netip.AddrPort)
 	// Demand is told when packets wait for a peer without a path, or are sent
 	// to a peer after a second of silence. It must not block.
 	Demand func(Key)

@@ -167,7 +167,7 @@ func kernelToKernel(t *testing.T, level int, offloads string) {
 	a, b := kernelTunnelOf(t, near, "near0", c), kernelTunnelOf(t, far, "far0", c)
 	a.peers.large, b.peers.large = true, true
 	a.peers.set([]Peer{capable(keyA)}) // who has 100.64.0.1
-	a.peers.path(keyA, netip.MustParseAddrPort("192.0.2.1:1"))
+	a.peers.path(keyA, netip.MustParseAddrPort("192.0.2.1:1"), 0)
 	a.peers.byKey(keyA).level.now.Store(int32(level))
 	b.peers.set([]Peer{capable(keyB)})
 	far.do(t, func() error { // the other end has the other address

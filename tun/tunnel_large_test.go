@@ -38,7 +38,7 @@ func largeTunnel(t testing.TB, o offloads, more ...func(*Config)) (*tunnel, *fak
 	n.peers.large = true
 	n.peers.set([]Peer{capable(keyA), capable(keyB)})
 	for i, k := range []Key{keyA, keyB} {
-		n.peers.path(k, netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), uint16(i+1)))
+		n.peers.path(k, netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), uint16(i+1)), 0)
 	}
 	return n, f
 }

@@ -43,7 +43,7 @@ func TestContainersFollowMTU(t *testing.T) {
 	n := kernelTunnelOf(t, s, "near0", c)
 	n.peers.large = true
 	n.peers.set([]Peer{capable(keyA)}) // who has 100.64.0.1
-	n.peers.path(keyA, netip.MustParseAddrPort("192.0.2.1:1"))
+	n.peers.path(keyA, netip.MustParseAddrPort("192.0.2.1:1"), 0)
 	go func() {
 		for range n.Events() { // as wireguard-go does
 		}
@@ -97,8 +97,8 @@ func between(t *testing.T, far *space, a, b *node) *hop {
 		}
 	}()
 	here := h.conn.LocalAddr().(*net.UDPAddr).AddrPort()
-	check(t, a.SetEndpoint(b.self.Key, here, netip.Addr{}))
-	check(t, b.SetEndpoint(a.self.Key, here, netip.Addr{}))
+	check(t, a.SetEndpoint(b.self.Key, here, netip.AddrPort{}))
+	check(t, b.SetEndpoint(a.self.Key, here, netip.AddrPort{}))
 	return h
 }
 

@@ -107,7 +107,7 @@ func TestReportsAreBounded(t *testing.T) {
 	}
 	n.peers.set(list)
 	for i, p := range list {
-		n.peers.path(p.Key, netip.AddrPortFrom(innerA, uint16(i+1)))
+		n.peers.path(p.Key, netip.AddrPortFrom(innerA, uint16(i+1)), 0)
 		n.wakeReport(n.peers.byKey(p.Key))
 		n.wakeReport(n.peers.byKey(p.Key))
 	}

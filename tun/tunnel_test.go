@@ -303,7 +303,7 @@ func TestPeersSet(t *testing.T) {
 	table.set([]Peer{a, b})
 	pa, pb := table.byKey(keyA), table.byKey(keyB)
 	at := netip.MustParseAddrPort("192.0.2.1:5")
-	ea := table.path(keyA, at)
+	ea := table.path(keyA, at, 0)
 	table.learn(9, pa)
 	a.Initiate = true
 	a.AllowedIPs = []netip.Prefix{netip.MustParsePrefix("100.64.9.9/32")}
@@ -314,7 +314,7 @@ func TestPeersSet(t *testing.T) {
 	if table.byAddr(innerA) != nil || table.byAddr(netip.MustParseAddr("100.64.9.9")) != pa {
 		t.Error("inner addresses are not those of the list")
 	}
-	if table.byKey(keyB) != nil || table.path(keyB, at) != nil {
+	if table.byKey(keyB) != nil || table.path(keyB, at, 0) != nil {
 		t.Error("the other is still there")
 	}
 	table.set([]Peer{b})
@@ -333,11 +333,11 @@ func TestPathChangesHands(t *testing.T) {
 	table := newPeers()
 	table.set([]Peer{peerOf(keyA, true), peerOf(keyB, true)})
 	at := netip.MustParseAddrPort("192.0.2.1:5")
-	ea, eb := table.path(keyA, at), table.path(keyB, at)
+	ea, eb := table.path(keyA, at, 0), table.path(keyB, at, 0)
 	if ea == eb || table.at(at) != eb || ea.peer.key != keyA || eb.peer.key != keyB {
 		t.Fatal("endpoints mixed up")
 	}
-	if table.path(keyB, at) != eb {
+	if table.path(keyB, at, 0) != eb {
 		t.Fatal("registering again must keep the endpoint")
 	}
 	table.set([]Peer{peerOf(keyB, true)})
@@ -362,17 +362,17 @@ func TestPathUsedAgain(t *testing.T) {
 		return netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), uint16(port))
 	}
 	p := table.byKey(keyA)
-	first := table.path(keyA, at(1))
-	table.path(keyA, at(2))
+	first := table.path(keyA, at(1), 0)
+	table.path(keyA, at(2), 0)
 	p.level.now.Store(levelWhole)
-	if table.path(keyA, at(2)); p.level.segments() != levelWhole {
+	if table.path(keyA, at(2), 0); p.level.segments() != levelWhole {
 		t.Error("the path stayed, its level did not")
 	}
-	if table.path(keyA, at(1)) != first || p.level.segments() == levelWhole {
+	if table.path(keyA, at(1), 0) != first || p.level.segments() == levelWhole {
 		t.Error("another endpoint, or the level of another path")
 	}
 	for i := range maxEndpoints - 1 {
-		table.path(keyA, at(3+i))
+		table.path(keyA, at(3+i), 0)
 	}
 	if table.at(at(1)) != first || table.at(at(2)) != nil {
 		t.Error("not the one used longest ago made room")

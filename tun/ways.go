@@ -177,14 +177,25 @@ func (t *peers) follow(k Key, handle netip.AddrPort) bool {
 func (t *peers) setCopy(k Key, to netip.AddrPort) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	p, e := t.keys[k], t.paths[to]
-	switch {
-	case p == nil:
-	case e == nil || e.peer != p || e.drop:
-		p.also.Store(nil)
-	default:
-		p.also.Store(e)
+	if p := t.keys[k]; p != nil {
+		p.also.Store(t.leading(p, to))
 	}
+}
+
+// leading is the path of p to an address, the newest of several over different
+// local ports. It is nil when there is none. Call with mu held.
+func (t *peers) leading(p *peer, to netip.AddrPort) *endpoint {
+	for _, e := range slices.Backward(p.endpoints) {
+		if e.to == to && !e.drop && t.table(e.spare)[to] == e {
+			return e
+		}
+	}
+	for _, e := range p.ways {
+		if e.to == to {
+			return e
+		}
+	}
+	return nil
 }
 
 // flow is the way whose datagrams begin with a header and came over a link, or
@@ -200,12 +211,12 @@ func (t *peers) flow(header uint64, link uint16, from netip.AddrPort) *endpoint 
 	return nil
 }
 
-// sender is the endpoint of an address from which something came, nil when there
-// is none.
-func (t *peers) sender(a netip.AddrPort) *endpoint {
+// sender is the endpoint of an address from which something came to a spare
+// socket, or to a main one when s is nil. It is nil when there is none.
+func (t *peers) sender(a netip.AddrPort, s *spare) *endpoint {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	if e := t.paths[a]; e != nil {
+	if e := t.table(s)[a]; e != nil || s != nil {
 		return e
 	}
 	return t.ports[a]
@@ -239,8 +250,9 @@ func (d *Device) SetWays(k Key, list []Way) []netip.AddrPort {
 }
 
 // SetCopy makes all messages to a peer go to an address, too: a path it has or
-// had, or a handle of SetWays. The zero value, and what is none of these, ends it.
-// The receiver drops what comes twice.
+// had, over the local port of SetEndpoint, the last one of several; or a handle of
+// SetWays. The zero value, and what is none of these, ends it. The receiver drops
+// what comes twice.
 func (d *Device) SetCopy(k Key, to netip.AddrPort) {
 	d.peers.setCopy(k, netip.AddrPortFrom(to.Addr().Unmap(), to.Port()))
 }

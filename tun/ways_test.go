@@ -49,7 +49,7 @@ type heard struct {
 // with peer B over the first. It returns the ways and what Config.Receive heard.
 func relayedAssembly() (a *assembly, ways []*endpoint, got *[]heard) {
 	got = new([]heard)
-	a = newAssembly(Config{Receive: func(b []byte, from netip.AddrPort, _ netip.Addr) {
+	a = newAssembly(Config{Receive: func(b []byte, from, _ netip.AddrPort) {
 		*got = append(*got, heard{string(b), from})
 	}})
 	for id, addr := range relayAddrs {
@@ -258,8 +258,8 @@ func TestFollow(t *testing.T) {
 		{func() { t0.follow(keyA, ways[0].to) }, levelPlain, false},
 		{func() { t0.follow(keyA, ways[0].to) }, levelWhole, false},
 		{func() { t0.follow(keyA, ways[1].to) }, levelPlain, false},
-		{func() { a.b.setPath(keyA, assemblyPaths[keyA], netip.Addr{}) }, levelPlain, true},
-		{func() { a.b.setPath(keyA, assemblyPaths[keyA], netip.Addr{}) }, levelWhole, true},
+		{func() { a.b.setPath(keyA, assemblyPaths[keyA], netip.AddrPort{}) }, levelPlain, true},
+		{func() { a.b.setPath(keyA, assemblyPaths[keyA], netip.AddrPort{}) }, levelWhole, true},
 		{func() { t0.setWays(keyA, []Way{{1, wayHeader(1)}}) }, levelWhole, true},
 	} {
 		p.level.now.Store(levelWhole)

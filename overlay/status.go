@@ -82,7 +82,7 @@ func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 	case !path.Addr.IsValid():
 		st.Kind = "none"
 	case path.Type != punch.Relayed:
-		st = PathStatus{Kind: "direct", Via: via(path.Type)}
+		st = PathStatus{Kind: "direct", Via: via(path.Type), MTU: packetMTU(path)}
 		if full {
 			st.Endpoint = path.Addr.String()
 		}
@@ -92,6 +92,11 @@ func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 		st = PathStatus{Kind: "relay", Relay: name}
 		if over != relay.None {
 			st.Via = "relay-" + over.String()
+		}
+	}
+	if now, ok := s.agent.Path(punch.Key(m.cert.WireGuard)); ok {
+		if st.Reason = badPath(now); st.Reason != "" {
+			return st
 		}
 	}
 	st.Reason = hurdles{

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +21,8 @@ type socket struct {
 	flat refusal       // of UDP_SEGMENT, by the device it went to
 	bell *bell         // of its receiver
 	done chan struct{} // closed by close
+
+	probing sync.Mutex // around socket.whole, so that one does not end the other
 }
 
 func (b *bind) openSocket(network string, port uint16) (*socket, error) {

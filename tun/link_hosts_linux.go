@@ -27,7 +27,10 @@ func (l *link) setHosts(hosts map[netip.Prefix]int) error {
 		if hosts[p] == mtu || !l.routed(p) {
 			continue
 		}
-		if err := l.handle.RouteDel(l.routeTo(p)); err != nil && !errors.Is(err, unix.ESRCH) {
+		switch err := l.handle.RouteDel(l.routeTo(p)); {
+		case err == nil:
+			l.noteEnd(p)
+		case !errors.Is(err, unix.ESRCH):
 			errs = append(errs, fmt.Errorf("remove route of %s: %w", p, err))
 		}
 	}
@@ -55,10 +58,25 @@ func (l *link) routed(p netip.Prefix) bool {
 		slices.ContainsFunc(l.routes, func(r netip.Prefix) bool { return r.Contains(p.Addr()) })
 }
 
-// wants reports whether a route is one of ours.
-func (l *link) wants(p netip.Prefix) bool {
+// noteEnd remembers that we removed a route; l.mu is held.
+func (l *link) noteEnd(p netip.Prefix) {
+	if l.ended == nil {
+		l.ended = make(map[netip.Prefix]int)
+	}
+	l.ended[p]++
+}
+
+// misses reports whether a route that was removed is one of ours, and by somebody
+// else.
+func (l *link) misses(p netip.Prefix) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.ended[p] > 0 {
+		if l.ended[p]--; l.ended[p] == 0 {
+			delete(l.ended, p)
+		}
+		return false
+	}
 	_, host := l.hosts[p]
 	return host || slices.ContainsFunc(l.routes, func(r netip.Prefix) bool { return r.Masked() == p.Masked() })
 }

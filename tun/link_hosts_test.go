@@ -76,6 +76,11 @@ func TestPathMTURoutes(t *testing.T) {
 	if got := kernelState(t, s, d.Name()); !slices.Equal(got, wholeState()) {
 		t.Errorf("left behind: %q", got)
 	}
+	eventually(t, 5*time.Second, "our own changes are known as such", func() bool {
+		d.link.mu.Lock()
+		defer d.link.mu.Unlock()
+		return len(d.link.ended) == 0
+	})
 	set(peer)()
 	to(path, 1252)()
 	s.do(t, func() error {

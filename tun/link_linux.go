@@ -40,6 +40,7 @@ type link struct {
 	mu     sync.Mutex
 	handle *netlink.Handle
 	hosts  map[netip.Prefix]int // peers with an MTU of their own
+	ended  map[netip.Prefix]int // events to come of their routes that we removed
 	closed bool
 }
 
@@ -215,7 +216,7 @@ func (l *link) breaks(e event) bool {
 	}
 	switch e.kind {
 	case unix.RTM_DELROUTE:
-		return l.isUp && l.wants(e.prefix)
+		return l.isUp && l.misses(e.prefix)
 	case unix.RTM_DELADDR:
 		return l.isUp
 	case unix.RTM_NEWLINK:

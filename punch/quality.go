@@ -16,22 +16,24 @@ const (
 	// outage is how many checks in a row say nothing of the loss of a path any more:
 	// it was interrupted, and that is the business of liveness.
 	outage = 12
-	// A suspicion has both ways checked in short intervals until it is settled, at
-	// the latest after badFor; the next one counts trialRest after that.
-	trialGap    = 100 * time.Millisecond
-	trialChecks = 25
-	badFor      = 5 * time.Second
-	trialRest   = 5 * time.Second
-	// longestTrial is for slow paths, where checks take long to be lost.
+	// A suspicion has both ways checked in short intervals until it is settled, but
+	// not for longer than longestTrial; the next one counts trialRest after that. A
+	// path that is left was bad for badFor.
+	trialGap     = 100 * time.Millisecond
+	trialChecks  = 25
+	badFor       = 5 * time.Second
+	trialRest    = 5 * time.Second
 	longestTrial = 3 * badFor
 	// A path is bad when of at least leastChecks checks more than one of badShare is
 	// lost, beyond what chance makes of that share; or when it is slowTimes slower
-	// than the relay, and slowMargin. The relay must lose goodTimes less.
+	// than the relay, and slowMargin. The relay must lose goodTimes less, and that by
+	// so many standard deviations: two ways that lead over one bad line differ, too.
 	windowChecks = 64
 	leastChecks  = 20
 	relayChecks  = 10
 	badShare     = 10
 	goodTimes    = 4
+	certainty    = 4
 	slowTimes    = 3
 	slowMargin   = 100 * time.Millisecond
 	// A path that was left is taken again after so many checks, one each pulse, of
@@ -124,6 +126,15 @@ func (k *quality) lossy() bool {
 	return k.count >= leastChecks && float64(k.losses()) > mean+math.Sqrt(mean)
 }
 
+// exceeds reports whether more checks are lost than on a good way, and that not by
+// chance: it compares two proportions.
+func (k *quality) exceeds(good *quality) bool {
+	n, m := float64(k.count), float64(good.count)
+	both := float64(k.losses()+good.losses()) / (n + m)
+	deviation := math.Sqrt(both * (1 - both) * (1/n + 1/m))
+	return good.share()*goodTimes <= k.share() && k.share()-good.share() >= certainty*deviation
+}
+
 // restart begins the count anew, so that what is lost from here on is seen soon.
 func (k *quality) restart() { k.past, k.count = k.share(), 0 }
 
@@ -134,7 +145,7 @@ func (k *quality) revive() { *k = quality{hold: k.hold, returned: k.returned} }
 // zero value: in none that matters.
 func (q *pair) worse(relay *pair) Quality {
 	switch {
-	case q.quality.lossy() && relay.quality.count >= relayChecks && relay.quality.share()*goodTimes <= q.quality.share():
+	case q.quality.lossy() && relay.quality.count >= relayChecks && q.quality.exceeds(&relay.quality):
 		return Quality{Loss: q.quality.loss()}
 	case q.slower(relay, slowTimes, slowMargin):
 		return Quality{RTT: q.rtt}
@@ -242,15 +253,15 @@ func (a *Agent) pulse(p *peer, now time.Time) {
 func (a *Agent) try(p *peer, r *pair, now time.Time) {
 	s, t := p.selected, &p.trial
 	why := s.worse(r)
-	known, took := s.quality.count >= leastChecks, now.Sub(t.began)
-	settled := known && t.sent > trialChecks && why == Quality{}
-	switch over := took >= badFor && known || took >= longestTrial; {
-	case over && why != Quality{}:
+	took := now.Sub(t.began)
+	fine := s.quality.count >= leastChecks && t.sent > trialChecks && !s.quality.lossy() && why == Quality{}
+	switch {
+	case took >= badFor && why != Quality{}:
 		*t = trial{ended: now}
 		a.avoid(p, s, why, now)
 		a.choose(p, r, now)
 		return
-	case over || settled:
+	case fine || took >= longestTrial:
 		*t = trial{ended: now}
 		return
 	case now.Before(t.next):

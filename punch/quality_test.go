@@ -58,6 +58,26 @@ func TestLossyIsNoChance(t *testing.T) {
 	}
 }
 
+// Two ways over one bad line differ by chance.
+func TestExceedsIsNoChance(t *testing.T) {
+	k := func(lost, count int) *quality { return &quality{count: count, lost: 1<<lost - 1} }
+	for _, c := range []struct {
+		bad, good *quality
+		want      bool
+	}{
+		{k(8, 41), k(1, 41), false},
+		{k(15, 41), k(0, 41), true},
+		{k(14, 50), k(0, 50), true},
+		{k(19, 64), k(3, 64), false},
+		{k(30, 64), k(3, 64), true},
+		{k(30, 64), k(9, 64), false}, // not good enough
+	} {
+		if c.bad.exceeds(c.good) != c.want {
+			t.Errorf("%d of %d and %d of %d: %v", c.bad.losses(), c.bad.count, c.good.losses(), c.good.count, !c.want)
+		}
+	}
+}
+
 // besides returns two nodes with a direct path and a relay beside it.
 func besides(w *world) (a, b *node) {
 	a, b = w.gathered(1, outerA), w.gathered(2, outerB)

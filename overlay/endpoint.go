@@ -52,6 +52,7 @@ type endpointDevice interface {
 	ClearEndpoint(k tun.Key) error
 	SetCopy(k tun.Key, to netip.AddrPort)
 	SetRoundTrip(k tun.Key, trip time.Duration)
+	SetPathMTU(k tun.Key, to netip.AddrPort, size int)
 	StartHandshake(k tun.Key)
 }
 
@@ -209,11 +210,16 @@ func (e *endpoints) again() []punch.Path {
 func (e *endpoints) write(p punch.Path) (moved bool) {
 	old, _ := e.path(p.Peer)
 	k := tun.Key(p.Peer)
+	if sameWay(old, p) {
+		return e.resize(old, p)
+	}
 	e.copy(p) // first, so that nothing goes only where it is not answered yet
 	var err error
 	if p.Addr.IsValid() {
 		e.dev.SetRoundTrip(k, p.RTT)
-		err = e.dev.SetEndpoint(k, p.Addr, p.Local)
+		if err = e.dev.SetEndpoint(k, p.Addr, p.Local); err == nil {
+			e.dev.SetPathMTU(k, p.Addr, p.MTU)
+		}
 	} else {
 		err = e.dev.ClearEndpoint(k)
 	}
@@ -291,8 +297,12 @@ func moveReason(old, now punch.Path) string {
 		return "first path"
 	case old.Type == punch.Relayed && now.Type == punch.Relayed:
 		return "the other relay is nearer, or the only one left"
+	case old.Type == punch.Relayed && old.Left != punch.Quality{}:
+		return "the direct path is good again"
 	case old.Type == punch.Relayed:
 		return "a direct path answered"
+	case now.Left != punch.Quality{}:
+		return badPath(now)
 	case now.Type == punch.Relayed:
 		return "the direct path does not answer"
 	}

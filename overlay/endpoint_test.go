@@ -71,6 +71,13 @@ func (f *fakeEndpoints) ClearEndpoint(tun.Key) error             { f.note("clear
 func (f *fakeEndpoints) SetCopy(_ tun.Key, to netip.AddrPort)    { f.note("copy %s", to) }
 func (f *fakeEndpoints) SetRoundTrip(_ tun.Key, d time.Duration) {}
 func (f *fakeEndpoints) StartHandshake(tun.Key)                  { f.note("handshake") }
+
+func (f *fakeEndpoints) SetPathMTU(_ tun.Key, to netip.AddrPort, size int) {
+	if size > 0 {
+		f.note("size %s %d", to, size)
+	}
+}
+
 func startEndpoints(t *testing.T, f *fakeEndpoints, log *slog.Logger) (e *endpoints, end func()) {
 	e = newEndpoints(f, func(netip.AddrPort) string { return "relay berlin (udp)" }, f.member, log)
 	ctx, cancel := context.WithCancel(t.Context())

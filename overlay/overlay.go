@@ -181,6 +181,9 @@ type PathStatus struct {
 	Via      string `json:"via,omitempty"`
 	Relay    string `json:"relay,omitempty"`  // its name
 	Reason   string `json:"reason,omitempty"` // why it is not direct, for people
+	// MTU is the largest IP packet of a direct path, in bytes, as checks found it
+	// under traffic; 0: not known.
+	MTU int `json:"mtu,omitempty"`
 }
 
 // RelayStatus is a relay this node keeps a link to. Home is the one at which the

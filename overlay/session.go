@@ -116,6 +116,8 @@ func (s *session) newAgent(m *membership) error {
 		Send:         s.sendUDP,
 		Signal:       s.sendSignal,
 		OnPath:       func(p punch.Path) { s.endpoints.set(p); s.ring() },
+		OnMTU:        func(p punch.Path) { s.endpoints.set(p); s.ring() },
+		Datagram:     s.settings.MTU + tun.MessageOverhead,
 		OnCandidates: s.candidates,
 		OnDoubt:      func(handle netip.AddrPort) { s.links.doubt(handle) },
 		OnSessionLost: func(k punch.Key) {
@@ -242,8 +244,9 @@ func (s *session) sendUDP(b []byte, to, from netip.AddrPort, ttl int) error {
 var errNoDevice = errors.New("the interface is not open yet")
 
 func (s *session) activity(k punch.Key) punch.Activity {
-	sent, received := s.dev.Load().Activity(tun.Key(k))
-	return punch.Activity{Sent: sent, Received: received}
+	dev := s.dev.Load()
+	sent, received := dev.Activity(tun.Key(k))
+	return punch.Activity{Sent: sent, Received: received, Lost: dev.Lost(tun.Key(k))}
 }
 
 // forbidden keeps checks away from the mesh's own prefixes, the server and the

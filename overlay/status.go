@@ -81,6 +81,11 @@ func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 	if st.Kind == "direct" {
 		return st
 	}
+	if now, ok := s.agent.Path(punch.Key(m.cert.WireGuard)); ok {
+		if st.Reason = badPath(now); st.Reason != "" {
+			return st
+		}
+	}
 	e, _ := s.agent.Explain(punch.Key(m.cert.WireGuard))
 	st.Reason = s.hurdlesTo(m, e, st.Via != "" && alive(e)).reason()
 	return st
@@ -92,7 +97,7 @@ func (s *session) route(path punch.Path, full bool) PathStatus {
 	case !path.Addr.IsValid():
 		return PathStatus{Kind: "none"}
 	case path.Type != punch.Relayed:
-		st := PathStatus{Kind: "direct", Via: via(path.Type)}
+		st := PathStatus{Kind: "direct", Via: via(path.Type), MTU: packetMTU(path)}
 		if full {
 			st.Endpoint = path.Addr.String()
 		}

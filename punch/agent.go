@@ -69,6 +69,8 @@ type transaction struct {
 	at     time.Time
 	ping   chan<- Path // nil: nobody waits
 	lost   bool        // it said that we have no session
+	size   int         // of a padded check; else 0
+	counts bool        // it is lost when it stays without an answer
 }
 
 var (
@@ -337,6 +339,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 			q.suspect = true
 			q.sent, q.tally = time.Time{}, tally{}
 			q.local = socket(q.local.Port())
+			q.quality, q.reach = quality{}, reach{}
 		}
 		p.series = time.Time{}
 		p.backoff = 0

@@ -249,6 +249,7 @@ type outgoing struct {
 	ttl  int            // 0: the default
 	ping chan<- Path    // gets the answer; nil: nobody waits
 	lost bool           // says that we have no session
+	size int            // of the check, in bytes; 0: it is not padded
 }
 
 // sendCheck sends a check on a pair if the limits allow it.
@@ -258,7 +259,7 @@ func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
 		return
 	}
 	p.counter++
-	c := check{id: stun.NewTransactionID(), user: p.name, boot: a.boot, counter: p.counter, lost: how.lost}
+	c := check{id: stun.NewTransactionID(), user: p.name, boot: a.boot, counter: p.counter, lost: how.lost, size: how.size}
 	b, err := c.marshal(p.secrets.check)
 	if err != nil {
 		a.log.Error("check not built", "err", err)
@@ -269,9 +270,14 @@ func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
 		q.waiting = q.waiting[1:]
 	}
 	q.waiting = append(q.waiting, c.id)
-	a.sent[c.id] = transaction{peer: p, pair: q, at: how.now, ping: how.ping, lost: how.lost}
-	q.expect(how.now)
+	a.sent[c.id] = transaction{
+		peer: p, pair: q, at: how.now, ping: how.ping, lost: how.lost, size: how.size,
+		counts: q.valid && !q.suspect && how.ttl == 0 && how.size == 0,
+	}
 	q.tally.left(how)
+	if how.size == 0 {
+		q.expect(how.now)
+	}
 	a.post(p, q, datagram{b: b, to: q.addr, from: how.from, ttl: how.ttl}, how.now)
 }
 

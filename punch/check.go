@@ -14,11 +14,13 @@ var errShape = errors.New("not a message of ours")
 
 // A check is a Binding request (RFC 8489). All lengths are fixed: 76 bytes, 80
 // with SESSION-LOST. The answer is 56 bytes for IPv4 and 68 for IPv6, so never
-// longer.
+// longer. A check that is padded, to find out which sizes pass, begins with the
+// padding and has any multiple of four bytes up to maxPadded.
 //
 //	request                                 answer
 //	+--------------------------------+      +--------------------------------+
 //	| STUN header                 20 |      | STUN header, same id        20 |
+//	| PADDING, seldom           4+n  |      |                                |
 //	| USERNAME: HMAC of nonce   4+8  |      | XOR-MAPPED-ADDRESS   4+8, 4+20 |
 //	| SEQUENCE: boot, counter   4+16 |      | MESSAGE-INTEGRITY         4+20 |
 //	| SESSION-LOST, seldom      4    |      +--------------------------------+
@@ -30,6 +32,7 @@ type check struct {
 	boot    uint64
 	counter uint64
 	lost    bool // the sender has no session with the receiver
+	size    int  // of a padded check, in bytes; 0: it is not padded
 }
 
 type transactionID = [stun.TransactionIDSize]byte
@@ -38,11 +41,11 @@ func (c check) marshal(key []byte) ([]byte, error) {
 	var sequence [sequenceSize]byte
 	binary.BigEndian.PutUint64(sequence[:8], c.boot)
 	binary.BigEndian.PutUint64(sequence[8:], c.counter)
-	setters := []stun.Setter{
-		stun.NewTransactionIDSetter(c.id), stun.BindingRequest,
-		stun.Username(c.user[:]),
-		stun.RawAttribute{Type: AttrSequence, Value: sequence[:]},
+	setters := []stun.Setter{stun.NewTransactionIDSetter(c.id), stun.BindingRequest}
+	if missing := c.size - checkSize; c.size > maxMessage {
+		setters = append(setters, stun.RawAttribute{Type: AttrPadding, Value: make([]byte, missing-4)})
 	}
+	setters = append(setters, stun.Username(c.user[:]), stun.RawAttribute{Type: AttrSequence, Value: sequence[:]})
 	if c.lost {
 		setters = append(setters, stun.RawAttribute{Type: AttrSessionLost})
 	}
@@ -57,7 +60,7 @@ func (c check) marshal(key []byte) ([]byte, error) {
 // known attributes have their lengths, and MESSAGE-INTEGRITY, if any, covers all
 // others.
 func decode(b []byte) (*stun.Message, error) {
-	if len(b) > maxMessage || !stun.IsMessage(b) {
+	if len(b)-padding(b) > maxMessage || !stun.IsMessage(b) {
 		return nil, errShape
 	}
 	m := &stun.Message{}
@@ -78,6 +81,16 @@ func decode(b []byte) (*stun.Message, error) {
 	return m, nil
 }
 
+// padding is the length of the PADDING with which a long request begins; 0: b is
+// none. All others are short, so that nobody can have us read many attributes.
+func padding(b []byte) int {
+	if len(b) <= maxMessage || len(b) > maxPadded || binary.BigEndian.Uint16(b) != bindingRequest ||
+		binary.BigEndian.Uint16(b[stunHeader:]) != uint16(AttrPadding) {
+		return 0
+	}
+	return 4 + (int(binary.BigEndian.Uint16(b[stunHeader+2:]))+3)/4*4
+}
+
 func wellFormed(attr stun.RawAttribute) bool {
 	switch attr.Type {
 	case stun.AttrMessageIntegrity:
@@ -90,7 +103,7 @@ func wellFormed(attr stun.RawAttribute) bool {
 		return len(attr.Value) == sequenceSize
 	case AttrSessionLost:
 		return len(attr.Value) == 0
-	case stun.AttrUsername, stun.AttrMappedAddress:
+	case stun.AttrUsername, stun.AttrMappedAddress, AttrPadding:
 		return true
 	}
 	return !attr.Type.Required()

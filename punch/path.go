@@ -71,6 +71,7 @@ func (p *peer) observe(seen Activity, now time.Time) {
 		return
 	}
 	p.activeUntil = now.Add(activeFor)
+	p.compareSeen(old, now)
 	if seen.Sent != old.Sent {
 		p.sentAt = now
 		if p.sendingFrom.IsZero() {
@@ -117,6 +118,8 @@ func (p *peer) clear() {
 func (a *Agent) step(p *peer, now time.Time) {
 	a.relayFirst(p, now)
 	a.watch(p, now)
+	a.assess(p, now)
+	a.fathom(p, now)
 	a.expire(p, now)
 	a.endCopies(p, now)
 	a.reportLate(p, now)
@@ -128,7 +131,7 @@ func (a *Agent) step(p *peer, now time.Time) {
 		p.wantOpen = false
 		a.open(p, now, true)
 	}
-	failing := p.direct() == nil
+	failing := p.direct() == nil && p.avoided() == nil
 	p.wantCall = p.wantCall && failing
 	if !p.retryAt.IsZero() && !now.Before(p.retryAt) {
 		p.retryAt = time.Time{}
@@ -326,10 +329,10 @@ func (a *Agent) accept(t transaction, at netip.AddrPort, now time.Time) {
 	if rerouted {
 		q.local = at
 	}
+	q.grade(t, now)
 	q.valid, q.suspect = true, false
 	q.answered = now
 	q.tally.answers++
-	q.measure(now.Sub(t.at))
 	p.receive(now)
 	switch {
 	case q != p.selected:
@@ -376,6 +379,8 @@ func (q *pair) measure(rtt time.Duration) {
 func (a *Agent) compare(p *peer, q *pair, now time.Time) {
 	s := p.selected
 	switch {
+	case a.avoids(p, q, now):
+		return
 	case s == nil || s.suspect, s.relayed() && (!q.relayed() || !s.valid && q.samples >= minSamples):
 		a.choose(p, q, now)
 		return
@@ -407,6 +412,7 @@ func (a *Agent) choose(p *peer, q *pair, now time.Time) {
 	old := p.selected
 	p.noteHistory(now)
 	p.selected = q
+	q.quality.left = Quality{}
 	if q.relayed() { // it may not have answered
 		p.probe = probe{}
 		p.suspectSince = now

@@ -47,6 +47,8 @@ type pair struct {
 	samples  int
 	better   int // samples in a row that beat the selected pair
 	tally    tally
+	quality  quality
+	reach    reach
 
 	// Of relayed pairs only.
 	here    bool      // the peer was seen at the relay
@@ -104,6 +106,7 @@ type peer struct {
 	hint         hint      // that we have no session
 	hinted       time.Time // when the peer last said that it has none
 	meeting      meeting   // hard rounds
+	review       review    // of its quality
 
 	// Traffic.
 	seen        Activity
@@ -114,6 +117,8 @@ type peer struct {
 	arrived     time.Time // last data; zero: the silence since was questioned
 	sentAt      time.Time // last packet on the selected path
 	sendingFrom time.Time // first packet after the last receipt; zero: none
+	unanswered  time.Time // first packet after the last data; zero: none
+	missed      bool      // the peer misses packets
 }
 
 func (a *Agent) newPeer(k Key) (*peer, error) {
@@ -147,8 +152,12 @@ func (p *peer) wanted(now time.Time) bool {
 func (p *peer) path() Path {
 	q := p.selected
 	path := Path{Peer: p.key, Addr: q.addr, Local: q.local, Type: q.typ, RTT: q.rtt}
+	path.Loss, path.MTU = q.quality.loss(), q.reach.size
 	if p.copying.to != nil {
 		path.Also = p.copying.to.addr
+	}
+	if left := p.avoided(); left != nil {
+		path.Left = left.quality.left
 	}
 	return path
 }

@@ -14,7 +14,8 @@
 //  3. Initiate: openers, a call, then checks on every candidate pair (check.go).
 //  4. Respond: a call is answered with openers, "opened", and checks at once;
 //     an authenticated check from a new address is a peer-reflexive candidate.
-//  5. Keep alive: consent, liveness and the choice of the path (path.go).
+//  5. Keep alive: consent, liveness and the choice of the path (path.go), by its
+//     losses too (quality.go), and the size of datagrams it carries (reach.go).
 //
 // Where a NAT gives every peer another port, so that calls fail, both sides sample
 // it (behavior.go) and agree to look for its ports together (hard.go).
@@ -91,12 +92,20 @@ type Path struct {
 	Also  netip.AddrPort
 	Type  CandidateType // of the remote candidate
 	RTT   time.Duration // smoothed; an estimate before the first answer over a relay
+	Loss  float64       // share of packets lost each way, as far as checks tell
+	// MTU is the size of the largest datagram that the path carries, in bytes of UDP
+	// payload, over a relay without the relay's header; 0: not known.
+	MTU int
+	// Left says why this path, over a relay, is preferred to a direct one that works.
+	Left Quality
 }
 
 // Activity is what the data plane saw of a peer: counts of packets sent to it
 // and authenticated packets received from it since the program started.
+// Lost counts those sent of which the peer says that they did not arrive, as far
+// as it says anything.
 type Activity struct {
-	Sent, Received uint64
+	Sent, Received, Lost uint64
 }
 
 // Config tells an Agent what it needs. Send, Signal and the On functions are
@@ -125,6 +134,9 @@ type Config struct {
 	// OnPath is called at every change of a peer's path, its local address or
 	// Also, in order.
 	OnPath func(Path)
+	// OnMTU is called when the MTU of a peer's path changes, in order with OnPath. nil:
+	// MTUs are not searched.
+	OnMTU func(Path)
 	// OnDoubt is called when the answer to a check over a relay is late, with the
 	// relay's handle for that peer; at most once per second and handle.
 	OnDoubt func(netip.AddrPort)
@@ -141,6 +153,10 @@ type Config struct {
 	// server's address-and-port pairs). nil: only the built-in rules hold. It is
 	// called with locks held and must not call the agent.
 	Forbidden func(netip.AddrPort) bool
+
+	// Datagram is the size of the largest datagram that the data plane sends on a path
+	// whose MTU is not known; 0: 1432, WireGuard's for an interface MTU of 1400.
+	Datagram int
 
 	Log *slog.Logger // nil: silent
 }

@@ -279,6 +279,12 @@ func FuzzReceive(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(request)
+	padded := check{user: b.peers[a.key].name, boot: b.boot, counter: 1 << 40, size: 1432}
+	if long, err := padded.marshal(b.peers[a.key].secrets.check); err == nil {
+		f.Add(long)
+		f.Add(mutate(long, stunHeader+3))
+		f.Add(long[:1000])
+	}
 	f.Fuzz(func(t *testing.T, x []byte) {
 		before := *sends
 		from := netip.MustParseAddrPort("203.0.113.66:6666")

@@ -263,6 +263,7 @@ func (p *peer) handOver(old *pair, now time.Time) {
 		p.uncertain = true
 		p.startProbe(now)
 	case !q.relayed():
+	case old.quality.left != Quality{}: // it works, after all
 	case !old.relayed():
 		p.copying = copying{to: old, until: now.Add(giveUp)}
 	case old.suspect:

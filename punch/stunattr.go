@@ -17,7 +17,8 @@ const (
 	// AttrChangeRequest asks for an answer from elsewhere (RFC 5780 section 7.2).
 	AttrChangeRequest stun.AttrType = 0x0003
 	// AttrPadding makes a Binding request to a server at least as long as the
-	// answer (RFC 5780 section 7.6).
+	// answer (RFC 5780 section 7.6), and a check as long as the datagrams of which
+	// is to be known whether they arrive.
 	AttrPadding stun.AttrType = 0x0026
 
 	// MaxToken is the longest token in bytes.
@@ -36,4 +37,10 @@ const (
 	// maxMessage bounds a STUN datagram we look at: far more than we build, far
 	// less than what would be worth an attacker's while.
 	maxMessage = 576
+	// maxPadded bounds one that is a padded check.
+	maxPadded = 9000
+	// checkSize is the length of a check without anything that is seldom.
+	checkSize = stunHeader + 4 + userSize + 4 + sequenceSize + integritySize
+	// bindingRequest is the first word of one.
+	bindingRequest = 1
 )

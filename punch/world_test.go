@@ -30,6 +30,7 @@ type world struct {
 	delay   func(wire) time.Duration
 	carry   func(from, to *node) error // nil: signals arrive
 	spare   bool                       // nodes have spare sockets
+	fathoms bool                       // nodes that join search the MTUs of their paths
 	signals int
 }
 
@@ -61,6 +62,13 @@ type node struct {
 	looks    int
 	doubts   []netip.AddrPort
 	lost     []time.Time // when a peer said that it has no session
+	mtus     []told      // MTUs of paths
+}
+
+// told is when something was told.
+type told struct {
+	at  time.Time
+	mtu int
 }
 
 var (
@@ -93,9 +101,14 @@ func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
 	n := &node{w: w, nonce: Nonce{b}, outer: netip.MustParseAddrPort(outer), online: true}
 	private, key := keyPair(w.t, b)
 	n.key = key
+	var onMTU func(Path)
+	if w.fathoms {
+		onMTU = n.onMTU
+	}
 	config := Config{
 		PrivateKey:   [32]byte(private.Bytes()),
 		Nonces:       [2]Nonce{n.nonce, {b, 1}},
+		OnMTU:        onMTU,
 		Send:         n.send,
 		Signal:       n.signal,
 		OnPath:       n.onPath,
@@ -282,6 +295,19 @@ func (n *node) onPath(p Path) {
 	defer n.w.mu.Unlock()
 	n.paths = append(n.paths, p)
 	n.pathAt = append(n.pathAt, time.Now())
+}
+
+func (n *node) onMTU(p Path) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.mtus = append(n.mtus, told{time.Now(), p.MTU})
+}
+
+// toldMTUs returns what was told since a time.
+func (n *node) toldMTUs(since time.Time) []told {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(n.mtus), func(x told) bool { return x.at.Before(since) })
 }
 
 func (n *node) onCandidates(list []Candidate) {

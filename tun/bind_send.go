@@ -141,8 +141,7 @@ func (b *bind) ship(o *batch) error {
 	for at.message < len(o.bufs) {
 		o.source, o.segment = e.SrcIP(), b.segments(e, s)
 		t.load(o, at)
-		err := s.raw.Control(t.run)
-		failed := t.errno
+		failed, err := s.give(t, len(o.bufs) == 1 && isProbe(o.bufs[0]))
 		rest, group := t.rest()
 		t.unload()
 		switch at = rest; {
@@ -251,7 +250,7 @@ func (b *bind) sendOne(p []byte, e *endpoint, s *socket, ttl int) error {
 		c.hops(e.to.Addr().Is4(), ttl)
 		c.attach(&t.msgs[0].head)
 	}
-	err, errno := s.raw.Control(t.run), t.errno
+	errno, err := s.give(t, isProbe(p))
 	t.unload()
 	switch {
 	case err != nil:

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -21,7 +22,8 @@ type socket struct {
 	bell *bell         // of its receiver
 	done chan struct{} // closed by close
 
-	overflow uint32 // what it dropped, as its receiver last heard
+	overflow uint32     // what it dropped, as its receiver last heard
+	probing  sync.Mutex // around socket.whole, so that one does not end the other
 }
 
 func (b *bind) openSocket(network string, port uint16) (*socket, error) {

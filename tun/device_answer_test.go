@@ -53,8 +53,8 @@ func TestStartAfterAnAnswer(t *testing.T) {
 	g.shut.Store(true)
 	go g.run()
 	through := g.conn.LocalAddr().(*net.UDPAddr).AddrPort()
-	check(t, a.SetEndpoint(b.self.Key, through, netip.Addr{}))
-	check(t, b.SetEndpoint(a.self.Key, through, netip.Addr{}))
+	check(t, a.SetEndpoint(b.self.Key, through, netip.AddrPort{}))
+	check(t, b.SetEndpoint(a.self.Key, through, netip.AddrPort{}))
 	b.StartHandshake(a.self.Key)
 	eventually(t, beforeRetry, "a answers", func() bool { return a.bind.peers.byKey(b.self.Key).answered.Load() != 0 })
 	a.starts.resume(b.self.Key) // it has waited long enough for the other side

@@ -34,6 +34,7 @@ func (d *Device) SetPeers(list []Peer) error {
 			return fmt.Errorf("set peers of %s: %w", d.config.Name, err)
 		}
 	}
+	d.narrow()
 	return nil
 }
 

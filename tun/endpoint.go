@@ -62,6 +62,7 @@ type endpoint struct {
 
 	source atomic.Pointer[netip.Addr]   // local address; nil: the kernel chooses
 	mtu    atomic.Pointer[atomic.Int32] // of the interface, which changes; nil: 1400
+	limit  atomic.Int32                 // the largest datagram that arrives, in bytes; 0: not known
 	flat   refusal                      // of segmentation, on this path
 }
 
@@ -71,6 +72,9 @@ const defaultDatagram = 1400 + keepaliveSize
 
 // datagram is the largest datagram of this path, in bytes of UDP payload.
 func (e *endpoint) datagram() int {
+	if limit := e.limit.Load(); limit > 0 {
+		return int(limit)
+	}
 	if mtu := e.mtu.Load(); mtu != nil {
 		return int(mtu.Load()) + keepaliveSize
 	}

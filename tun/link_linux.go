@@ -39,6 +39,8 @@ type link struct {
 
 	mu     sync.Mutex
 	handle *netlink.Handle
+	hosts  map[netip.Prefix]int // peers with an MTU of their own
+	ended  map[netip.Prefix]int // events to come of their routes that we removed
 	closed bool
 }
 
@@ -129,20 +131,24 @@ func (l *link) ensure() error {
 			return fmt.Errorf("route %s into %s: %w", p, l.name, err)
 		}
 	}
-	return nil
+	return l.ensureHosts()
 }
 
 // route adds a route behind those that exist: replacing could take away one of
 // the user's own, with the same destination, on another interface.
 func (l *link) route(p netip.Prefix) error {
+	if err := l.handle.RouteAppend(l.routeTo(p)); !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	return nil
+}
+
+func (l *link) routeTo(p netip.Prefix) *netlink.Route {
 	r := &netlink.Route{LinkIndex: l.index, Dst: ipNet(p.Masked()), Protocol: unix.RTPROT_STATIC}
 	if p.Addr().Is4() {
 		r.Scope, r.Src = netlink.SCOPE_LINK, l.source(p)
 	}
-	if err := l.handle.RouteAppend(r); !errors.Is(err, unix.EEXIST) {
-		return err
-	}
-	return nil
+	return r
 }
 
 // source is the IPv4 address with which packets to p should leave: one inside p
@@ -209,7 +215,9 @@ func (l *link) breaks(e event) bool {
 		return false
 	}
 	switch e.kind {
-	case unix.RTM_DELADDR, unix.RTM_DELROUTE:
+	case unix.RTM_DELROUTE:
+		return l.isUp && l.misses(e.prefix)
+	case unix.RTM_DELADDR:
 		return l.isUp
 	case unix.RTM_NEWLINK:
 		before := l.isUp

@@ -39,12 +39,17 @@ type peer struct {
 
 	sent     atomic.Uint64 // packets with content given to a socket
 	received atomic.Uint64 // packets written to the TUN
+	lost     atomic.Uint64 // messages to it that it misses
 	lastSent atomic.Int64  // since the Bind was made, ns; 0: never
 	demanded atomic.Int64  // since the Bind was made, ns; 0: never
 	unknown  atomic.Int64  // when Config.SessionUnknown was told, as lastSent
 	answered atomic.Int64  // when a handshake was, as lastSent
 
 	out, in account // messages inside wireguard-go
+
+	// Guarded by writer.mu.
+	told  uint32 // how many messages it ever missed
+	heard bool   // told is set
 
 	// Guarded by peers.mu.
 	endpoints []*endpoint

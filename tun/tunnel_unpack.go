@@ -57,6 +57,7 @@ func (w *writer) record(kind uint8, p *piece) {
 		received := binary.BigEndian.Uint32(p.data)
 		missing := binary.BigEndian.Uint32(p.data[reportMissing:])
 		w.from.peer.level.report(received, missing, time.Duration(w.n.bind.now()))
+		w.from.peer.misses(missing)
 		return
 	}
 	if src, _ := innerAddrs(p.data); !w.from.own(src, w.n.peers) {

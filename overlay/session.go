@@ -114,6 +114,8 @@ func (s *session) newAgent(m *membership) error {
 		Nonces:       s.settings.Nonces,
 		Boot:         s.settings.Boot,
 		Send:         s.sendUDP,
+		OpenSockets:  s.openSockets,
+		CloseSockets: func(ports []uint16) { s.dev.Load().CloseSockets(ports) },
 		Signal:       s.sendSignal,
 		OnPath:       func(p punch.Path) { s.endpoints.set(p); s.ring() },
 		OnMTU:        func(p punch.Path) { s.endpoints.set(p); s.ring() },
@@ -239,6 +241,14 @@ func (s *session) sendUDP(b []byte, to, from netip.AddrPort, ttl int) error {
 		return errNoDevice
 	}
 	return dev.Send(b, to, from, ttl)
+}
+
+func (s *session) openSockets(count int) ([]uint16, error) {
+	dev := s.dev.Load()
+	if dev == nil {
+		return nil, errNoDevice
+	}
+	return dev.OpenSockets(count)
 }
 
 var errNoDevice = errors.New("the interface is not open yet")

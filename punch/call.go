@@ -218,6 +218,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		counter:    p.counter,
 		nonce:      a.cfg.Nonces[0],
 		candidates: a.own,
+		message:    p.message,
 	}
 	for _, q := range p.pairs {
 		if !a.near(q.addr) && !q.relayed() && !q.sent.IsZero() && now.Sub(q.sent) < openFor {

@@ -47,7 +47,8 @@ type pair struct {
 	better   int // samples in a row that beat the selected pair
 
 	// Of relayed pairs only.
-	here    bool      // the peer was seen at the relay
+	here    bool // the peer was seen at the relay
+	extra   time.Duration
 	late    time.Time // when an answer is overdue; zero: none is awaited
 	doubted time.Time // when that was reported last
 }
@@ -65,6 +66,7 @@ type peer struct {
 	checks    replay
 	signals   replay
 	counter   uint64 // of our checks and signals to it
+	message   []byte // that the signal under way carries; see SendMessage
 
 	due   time.Time // position in the queue
 	index int       // -1: not in it

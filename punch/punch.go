@@ -1,19 +1,3 @@
-// Package punch finds and keeps the best path between two hosts behind NATs.
-//
-// It is protocol without I/O: bytes leave through Config.Send and arrive
-// through Agent.Receive, so the same code runs over WireGuard's own socket, over
-// a plain net.PacketConn, and inside a simulated network with a fake clock.
-//
-// NAT traversal takes five steps, and each has its place here:
-//
-//  1. Discover: Binding requests to the servers (gather.go) tell the
-//     server-reflexive candidates; the host candidates come from SetLocal.
-//  2. Exchange: candidates travel as Config.OnCandidates (published) and in
-//     sealed signals (signal.go).
-//  3. Initiate: openers, a call, then checks on every candidate pair (check.go).
-//  4. Respond: a call is answered with openers, "opened", and checks at once;
-//     an authenticated check from a new address is a peer-reflexive candidate.
-//  5. Keep alive: consent, liveness and the choice of the path (path.go).
 package punch
 
 import (
@@ -127,6 +111,10 @@ type Config struct {
 	// server's address-and-port pairs). nil: only the built-in rules hold. It is
 	// called with locks held and must not call the agent.
 	Forbidden func(netip.AddrPort) bool
+	// OnMessage is told what a peer sent with SendMessage. nil: it is dropped.
+	OnMessage func(Key, []byte)
+	// Loopback allows addresses of this machine itself, for two programs on it.
+	Loopback bool
 
 	Log *slog.Logger // nil: silent
 }

@@ -26,6 +26,9 @@ const (
 	signalCall signalKind = iota + 1
 	// signalOpened: the answer to a call: openers are out here, too.
 	signalOpened
+
+	// signalMessage carries a message of the programs above; see SendMessage.
+	signalMessage signalKind = 20
 )
 
 var (
@@ -49,10 +52,12 @@ var (
 //	+---------------+-----------------------------------------------+
 //	| m <= 16       | m addresses of the receiver that the sender's |
 //	|               | NAT is open towards, coded as candidates      |
-//	+---------------+-----------------------------------------------+
+//	+---------------+---------------+-------------------------------+
+//	| only of kind 20: its length   | message                       |
+//	+-------------------------------+-------------------------------+
 //
 // A candidate is one byte (family 4 or 6 in the high half, type in the low
-// half), 4 or 16 bytes of address, 2 bytes of port. Bytes after the lists are
+// half), 4 or 16 bytes of address, 2 bytes of port. Bytes after all of it are
 // for later versions and are ignored.
 type signal struct {
 	kind       signalKind
@@ -61,6 +66,7 @@ type signal struct {
 	nonce      Nonce
 	candidates []Candidate
 	opened     []netip.AddrPort
+	message    []byte
 }
 
 func (s *signal) marshal() []byte {
@@ -75,6 +81,10 @@ func (s *signal) marshal() []byte {
 	b = append(b, byte(len(s.opened)))
 	for _, addr := range s.opened {
 		b = appendAddress(b, addr, 0)
+	}
+	if s.kind == signalMessage {
+		b = binary.BigEndian.AppendUint16(b, uint16(len(s.message)))
+		b = append(b, s.message...)
 	}
 	return b
 }
@@ -109,14 +119,28 @@ func parseSignal(b []byte) (*signal, error) {
 		}
 	}
 	s.candidates = candidates
-	opened, _, err := cutAddresses(b)
+	opened, b, err := cutAddresses(b)
 	if err != nil {
 		return nil, err
 	}
 	for _, c := range opened {
 		s.opened = append(s.opened, c.Addr)
 	}
-	return s, nil
+	if s.kind == signalMessage {
+		s.message, err = cutMessage(b)
+	}
+	return s, err
+}
+
+func cutMessage(b []byte) ([]byte, error) {
+	if len(b) < 2 {
+		return nil, errSignalFormat
+	}
+	size := int(binary.BigEndian.Uint16(b))
+	if size == 0 || size > MaxMessage || len(b) < 2+size {
+		return nil, errSignalFormat
+	}
+	return b[2 : 2+size], nil
 }
 
 // cutAddresses reads a list and returns what follows it.
@@ -210,6 +234,9 @@ func (a *Agent) handleSignal(p *peer, s *signal, now time.Time) {
 	p.openTo, p.openAt = s.opened, now
 	p.search.Answered = true
 	a.release(p, now)
+	if s.kind == signalMessage {
+		a.receiveMessage(p, s.message)
+	}
 	if s.kind == signalCall {
 		p.wantAnswer = true
 		p.wantProbe = true

@@ -58,6 +58,7 @@ type node struct {
 	looks    int
 	doubts   []netip.AddrPort
 	lost     []time.Time // when a peer said that it has no session
+	messages []string    // of SendMessage
 }
 
 var (
@@ -107,6 +108,11 @@ func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			n.lost = append(n.lost, time.Now())
+		},
+		OnMessage: func(_ Key, b []byte) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			n.messages = append(n.messages, string(b))
 		},
 		Forbidden: func(a netip.AddrPort) bool { return a == stunAddr() || overRelay(a) || slices.Contains(forbidden, a) },
 	})

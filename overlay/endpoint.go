@@ -290,7 +290,7 @@ func moveReason(old, now punch.Path) string {
 	case !old.Addr.IsValid():
 		return "first path"
 	case old.Type == punch.Relayed && now.Type == punch.Relayed:
-		return "the other relay is nearer, or the only one left"
+		return "the other way is nearer, or the only one left"
 	case old.Type == punch.Relayed:
 		return "a direct path answered"
 	case now.Type == punch.Relayed:

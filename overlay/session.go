@@ -44,6 +44,7 @@ type session struct {
 	agent   *punch.Agent
 	control *control
 	links   *links
+	tcp     *tcpLinks
 	// credentials admit this device to relays.
 	credentials []byte
 	dev         atomic.Pointer[tun.Device]
@@ -91,6 +92,7 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 		return nil, err
 	}
 	s.links = s.newLinks() // before the device, which may receive at once
+	s.tcp = s.newTCPLinks()
 	if err := s.openDevice(cfg); err != nil {
 		return nil, err
 	}
@@ -117,6 +119,7 @@ func (s *session) newAgent(m *membership) error {
 			s.log.Info("peer restarted", "peer", tun.Key(k))
 			s.dev.Load().RestartSession(tun.Key(k))
 		},
+		OnMessage: func(k punch.Key, b []byte) { s.tcp.receive(k, b) },
 		Activity:  s.activity,
 		Forbidden: s.forbidden,
 		Log:       s.log,
@@ -206,6 +209,7 @@ func (s *session) openDevice(cfg Config) error {
 		Demand: func(k tun.Key) {
 			s.links.demand(punch.Key(k), time.Now())
 			s.agent.Demand(punch.Key(k))
+			s.tcp.demand(punch.Key(k), time.Now())
 		},
 		SessionUnknown: func(k tun.Key) { s.agent.SessionLost(punch.Key(k)) },
 		Log:            cfg.Log,
@@ -260,6 +264,7 @@ func (s *session) run(ctx context.Context) error {
 	g.Go(func() error { return dev.Run(ctx) })
 	g.Go(func() error { return s.agent.Run(ctx) })
 	g.Go(func() error { return s.links.run(ctx) })
+	g.Go(func() error { return s.tcp.run(ctx) })
 	g.Go(func() error {
 		s.loadCache() // waits for dev.Run; before the server says anything newer
 		return s.control.run(ctx)
@@ -289,6 +294,7 @@ func (s *session) linkChanged() error {
 	s.mu.Unlock()
 	s.agent.SetLocal(addrs, s.dev.Load().Port())
 	s.links.networkChanged()
+	s.tcp.localChanged(addrs)
 	s.control.networkChanged()
 	return nil
 }
@@ -362,6 +368,7 @@ func (s *session) configure(gone []punch.Key, changed []punch.Peer) {
 		s.agent.SetPeer(p)
 	}
 	s.links.setMembers(relays, peers)
+	s.tcp.keep(s.hasPeer)
 }
 
 // hasPeer says whether a peer is a member.

@@ -88,6 +88,13 @@ func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 		}
 		return st
 	default:
+		if far, ok := s.links.direct(path.Addr); ok {
+			st = PathStatus{Kind: "direct", Via: "tcp"}
+			if full {
+				st.Endpoint = far.String()
+			}
+			return st
+		}
 		name, over := s.links.relayed(path.Addr, full)
 		st = PathStatus{Kind: "relay", Relay: name}
 		if over != relay.None {

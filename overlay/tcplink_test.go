@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,9 +21,10 @@ import (
 type tcpWorld struct {
 	*tcpLinks
 	t       *testing.T
-	blocked bool
-	relayed bool
-	sent    uint64
+	guard   sync.Mutex // of what attempts note beside each other
+	blocked atomic.Bool
+	relayed atomic.Bool
+	sent    atomic.Uint64
 	fail    bool
 	dials   []time.Time
 	got     [][]byte
@@ -32,13 +35,17 @@ type tcpWorld struct {
 }
 
 func newTCPWorld(t *testing.T) *tcpWorld {
-	w := &tcpWorld{t: t, blocked: true, relayed: true}
+	w := &tcpWorld{t: t}
+	w.blocked.Store(true)
+	w.relayed.Store(true)
 	w.tcpLinks = newTCPLinks(tcpConfig{
-		blocked: func() bool { return w.blocked },
-		looking: func(punch.Key) (time.Duration, bool) { return time.Minute, w.relayed },
-		sent:    func(punch.Key) uint64 { return w.sent },
+		blocked: func() bool { return w.blocked.Load() },
+		looking: func(punch.Key) (time.Duration, bool) { return time.Minute, w.relayed.Load() },
+		sent:    func(punch.Key) uint64 { return w.sent.Load() },
 		dial:    w.dial,
 		carry: func(_ punch.Key, id uint16, s tcpStream) {
+			w.guard.Lock()
+			defer w.guard.Unlock()
 			w.carried, w.numbers = append(w.carried, s.Stream != nil), append(w.numbers, id)
 		},
 		deliver: func(uint16, []byte) {},
@@ -58,7 +65,9 @@ func newTCPWorld(t *testing.T) *tcpWorld {
 }
 
 func (w *tcpWorld) dial(ctx context.Context, _ punch.Key, signals <-chan []byte) (net.Conn, error) {
+	w.guard.Lock()
 	w.dials = append(w.dials, time.Now())
+	w.guard.Unlock()
 	if w.fail {
 		select {
 		case b := <-signals:
@@ -68,6 +77,8 @@ func (w *tcpWorld) dial(ctx context.Context, _ punch.Key, signals <-chan []byte)
 		return nil, errors.New("no")
 	}
 	near, far := net.Pipe()
+	w.guard.Lock()
+	defer w.guard.Unlock()
 	w.far = far
 	return near, nil
 }
@@ -75,10 +86,10 @@ func (w *tcpWorld) dial(ctx context.Context, _ punch.Key, signals <-chan []byte)
 // traffic sends to a peer for a while.
 func (w *tcpWorld) traffic(k punch.Key, d time.Duration) {
 	for end := time.Now().Add(d); time.Now().Before(end); {
-		if w.sent%100 == 0 {
+		if w.sent.Load()%100 == 0 {
 			w.demand(k, time.Now())
 		}
-		w.sent++
+		w.sent.Add(1)
 		time.Sleep(100 * time.Millisecond)
 		synctest.Wait()
 	}
@@ -100,12 +111,13 @@ func TestTCPOnlyWhereOfUse(t *testing.T) {
 		bob := punch.Key{1}
 		time.Sleep(time.Minute)
 		w.wantDials(0)
-		w.blocked = false
+		w.blocked.Store(false)
 		w.traffic(bob, time.Minute)
-		w.blocked, w.relayed = true, false
+		w.blocked.Store(true)
+		w.relayed.Store(false)
 		w.traffic(bob, time.Minute)
 		w.wantDials(0)
-		w.relayed = true
+		w.relayed.Store(true)
 		w.traffic(bob, time.Second)
 		w.wantDials(1)
 	})
@@ -180,7 +192,8 @@ func TestTCPAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newTCPWorld(t)
 		defer w.end()
-		w.blocked, w.fail = false, true
+		w.blocked.Store(false)
+		w.fail = true
 		bob := punch.Key{1}
 		for range 3 {
 			w.receive(bob, []byte("offer"))

@@ -146,6 +146,12 @@ func (c *Conn) Nodes(ctx context.Context) (NodeList, error) {
 	return call[NodeList](ctx, c, request{path: "/v1/nodes", limit: MaxEvent})
 }
 
+// Address tells how the server sees this end of the connection.
+func (c *Conn) Address(ctx context.Context) (netip.AddrPort, error) {
+	seen, err := call[Seen](ctx, c, request{path: "/v1/address", limit: MaxBody})
+	return seen.Address, err
+}
+
 // request is one HTTP request: a GET, or with a body a POST.
 type request struct {
 	path   string

@@ -13,6 +13,7 @@
 //	POST /v1/invites     a signed invite capability       InviteRequest -> {}
 //	GET  /v1/invites                                      InviteList
 //	GET  /v1/nodes                                        NodeList
+//	GET  /v1/address     where this connection comes from Seen
 //	GET  /v1/stream      Upgrade: overlay                 frames, see Event
 //	GET  /v1/relay       Upgrade: overlay-relay           datagrams, see punch/relay
 //
@@ -253,6 +254,11 @@ type Node struct {
 type Signal struct {
 	Peer trust.Key `json:"peer"`
 	Data []byte    `json:"data"`
+}
+
+// Seen answers a member who asks how the server sees its connection.
+type Seen struct {
+	Address netip.AddrPort `json:"address"`
 }
 
 // Report is one frame from a node; an empty one answers a Ping.

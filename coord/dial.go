@@ -55,8 +55,11 @@ type Dialer struct {
 	// Log gets failed attempts at Debug; nil drops them.
 	Log *slog.Logger
 
-	lookup  func(ctx context.Context, host string) ([]netip.Addr, error)
-	connect func(ctx context.Context, addr netip.AddrPort) (net.Conn, error)
+	// Connect opens TCP to an address of a server or proxy; nil: from any port,
+	// with probes that notice a router that forgot the connection.
+	Connect func(ctx context.Context, addr netip.AddrPort) (net.Conn, error)
+
+	lookup func(ctx context.Context, host string) ([]netip.Addr, error)
 }
 
 // Dial connects to the first server that answers with an accepted key. It
@@ -352,8 +355,8 @@ func (d *Dialer) secure(ctx context.Context, t target, raw net.Conn) outcome {
 }
 
 func (d *Dialer) dialTCP(ctx context.Context, addr netip.AddrPort) (net.Conn, error) {
-	if d.connect != nil {
-		return d.connect(ctx, addr)
+	if d.Connect != nil {
+		return d.Connect(ctx, addr)
 	}
 	dialer := net.Dialer{
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: probeIdle, Interval: probeInterval, Count: probeCount},

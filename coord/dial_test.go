@@ -182,7 +182,7 @@ func TestReachErrorSaysWhatWasTried(t *testing.T) {
 	d.lookup = func(context.Context, string) ([]netip.Addr, error) {
 		return []netip.Addr{netip.MustParseAddr("::ffff:203.0.113.5"), netip.MustParseAddr("203.0.113.6"), netip.MustParseAddr("2001:db8::5")}, nil
 	}
-	d.connect = func(context.Context, netip.AddrPort) (net.Conn, error) { return nil, syscall.EHOSTUNREACH }
+	d.Connect = func(context.Context, netip.AddrPort) (net.Conn, error) { return nil, syscall.EHOSTUNREACH }
 	_, err := d.Dial(t.Context())
 	want := "cannot reach coordinator vpn.example.org:8443: no route to host (tried 203.0.113.5, 2001:db8::5, 203.0.113.6; DNS ok)"
 	if err == nil || err.Error() != want {
@@ -250,7 +250,7 @@ func TestRace(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				n := network{t, tt.hosts}
-				d := Dialer{Servers: []string{"vpn.example.org:443"}, Device: testKey("anna"), lookup: n.lookup, connect: n.connect}
+				d := Dialer{Servers: []string{"vpn.example.org:443"}, Device: testKey("anna"), lookup: n.lookup, Connect: n.connect}
 				start := time.Now()
 				c, err := d.Dial(t.Context())
 				if took := time.Since(start); took != tt.took {
@@ -274,7 +274,7 @@ func TestRace(t *testing.T) {
 func TestDialServersShareTheTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := network{t, map[string]host{"192.0.2.1": {delay: time.Hour}, "192.0.2.2": {delay: time.Hour}, "192.0.2.9": {}}}
-		d := Dialer{Servers: []string{"192.0.2.1:443", "192.0.2.2:443", "192.0.2.9:443"}, Device: testKey("anna"), connect: n.connect}
+		d := Dialer{Servers: []string{"192.0.2.1:443", "192.0.2.2:443", "192.0.2.9:443"}, Device: testKey("anna"), Connect: n.connect}
 		c, err := d.Dial(t.Context())
 		if err != nil {
 			t.Fatalf("the last server was not reached: %v", err)

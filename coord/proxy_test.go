@@ -244,7 +244,7 @@ func TestProxyHangs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				n := network{t, map[string]host{"192.0.2.1": {mute: true}, "192.0.2.2": {}}}
-				d := Dialer{Servers: []string{"192.0.2.2:443"}, Device: testKey("anna"), connect: n.connect, Proxy: &url.URL{Scheme: "http", Host: "192.0.2.1:3128"}}
+				d := Dialer{Servers: []string{"192.0.2.2:443"}, Device: testKey("anna"), Connect: n.connect, Proxy: &url.URL{Scheme: "http", Host: "192.0.2.1:3128"}}
 				if !direct {
 					n.hosts["192.0.2.2"] = host{delay: time.Hour}
 				}

@@ -296,7 +296,7 @@ func moveReason(old, now punch.Path) string {
 	case !old.Addr.IsValid():
 		return "first path"
 	case old.Type == punch.Relayed && now.Type == punch.Relayed:
-		return "the other relay is nearer, or the only one left"
+		return "the other way is nearer, or the only one left"
 	case old.Type == punch.Relayed && old.Left != punch.Quality{}:
 		return "the direct path is good again"
 	case old.Type == punch.Relayed:

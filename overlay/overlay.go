@@ -174,7 +174,7 @@ type PeerStatus struct {
 }
 
 // PathStatus is how packets reach a peer: direct, relay or none. Via is how the
-// endpoint was found, or relay-udp or relay-tls. Relay is named as in RelayStatus.
+// endpoint was found, or tcp, relay-udp or relay-tls. Relay is named as in RelayStatus.
 type PathStatus struct {
 	Kind     string `json:"kind"`
 	Endpoint string `json:"endpoint,omitempty"`

@@ -156,6 +156,7 @@ type links struct {
 	home      home
 	handles   map[punch.Key]map[uint16]netip.AddrPort
 	ways      map[netip.AddrPort]way
+	tcp       map[punch.Key]tcpWay
 	published []trust.RelayTrip
 	publishAt time.Time // not before
 	gap       time.Duration
@@ -167,6 +168,7 @@ func newLinks(c linksConfig) *links {
 		relays: map[punch.Key]relayInfo{}, peers: map[punch.Key]linkPeer{}, demands: map[punch.Key]time.Time{},
 		open: map[punch.Key]*relayLink{}, ids: map[punch.Key]uint16{}, trips: map[punch.Key]time.Duration{},
 		broken: map[punch.Key]time.Time{}, handles: map[punch.Key]map[uint16]netip.AddrPort{}, ways: map[netip.AddrPort]way{},
+		tcp: map[punch.Key]tcpWay{},
 	}
 }
 

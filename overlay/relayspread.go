@@ -24,6 +24,7 @@ type spread struct {
 	asked   map[*relayLink][]punch.Key
 	addrs   map[*relayLink][]netip.AddrPort
 	servers []punch.Server
+	streams map[uint16]*relay.Stream // of the TCP links told
 }
 
 func newSpread(l *links) *spread {
@@ -38,6 +39,7 @@ func newSpread(l *links) *spread {
 func (s *spread) update() {
 	open := s.open()
 	s.setLinks(open)
+	s.setTCP()
 	s.setWays(open)
 	s.setRelays(open)
 	s.setClients(open)
@@ -91,9 +93,9 @@ func (k *relayLink) overUDP() netip.AddrPort {
 }
 
 func (s *spread) setWays(open []*relayLink) {
-	ids := make([]uint16, 0, len(open))
+	all := make([]uint16, 0, len(open))
 	for _, k := range open {
-		ids = append(ids, k.id)
+		all = append(all, k.id)
 	}
 	s.links.mu.Lock()
 	peers := slices.Collect(maps.Keys(s.links.peers))
@@ -106,6 +108,9 @@ func (s *spread) setWays(open []*relayLink) {
 	}
 	s.links.mu.Unlock()
 	for _, p := range peers {
+		s.links.mu.Lock()
+		ids := s.links.withTCP(p, all)
+		s.links.mu.Unlock()
 		if told, ok := s.ways[p]; ok && slices.Equal(told, ids) {
 			continue
 		}
@@ -175,7 +180,7 @@ func (l *links) usable(p linkPeer, open []*relayLink) []punch.Relay {
 		}
 		list = append(list, r)
 	}
-	return list
+	return l.preferTCP(p.key, list)
 }
 
 func (s *spread) setClients(open []*relayLink) {

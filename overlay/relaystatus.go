@@ -29,8 +29,11 @@ func (l *links) relayed(handle netip.AddrPort, full bool) (name string, over rel
 	return "", relay.None
 }
 
-// describe names a handle for people: "relay NAME (udp)".
+// describe names a handle for people: "relay NAME (udp)", or "direct tcp".
 func (l *links) describe(handle netip.AddrPort) string {
+	if _, ok := l.direct(handle); ok {
+		return "direct tcp"
+	}
 	name, over := l.relayed(handle, true)
 	switch {
 	case name == "":

@@ -47,6 +47,7 @@ type session struct {
 	links   *links
 	lan     *lan
 	mapper  *portmap.Mapper // nil: switched off
+	tcp     *tcpLinks
 	// credentials admit this device to relays.
 	credentials []byte
 	dev         atomic.Pointer[tun.Device]
@@ -96,6 +97,7 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 	}
 	s.lan = s.newLAN()
 	s.links = s.newLinks() // before the device, which may receive at once
+	s.tcp = s.newTCPLinks()
 	if err := s.openDevice(cfg); err != nil {
 		return nil, err
 	}
@@ -126,6 +128,7 @@ func (s *session) newAgent(m *membership) error {
 			s.log.Info("peer restarted", "peer", tun.Key(k))
 			s.dev.Load().RestartSession(tun.Key(k))
 		},
+		OnMessage: func(k punch.Key, b []byte) { s.tcp.receive(k, b) },
 		Activity:  s.activity,
 		Forbidden: s.forbidden,
 		Log:       s.log,
@@ -215,6 +218,7 @@ func (s *session) openDevice(cfg Config) error {
 		Demand: func(k tun.Key) {
 			s.links.demand(punch.Key(k), time.Now())
 			s.agent.Demand(punch.Key(k))
+			s.tcp.demand(punch.Key(k), time.Now())
 		},
 		SessionUnknown: func(k tun.Key) { s.agent.SessionLost(punch.Key(k)) },
 		Log:            cfg.Log,
@@ -282,6 +286,7 @@ func (s *session) run(ctx context.Context) error {
 	if s.mapper != nil {
 		g.Go(func() error { return s.mapper.Run(ctx) })
 	}
+	g.Go(func() error { return s.tcp.run(ctx) })
 	g.Go(func() error {
 		s.loadCache() // waits for dev.Run; before the server says anything newer
 		return s.control.run(ctx)
@@ -311,6 +316,7 @@ func (s *session) linkChanged() error {
 	s.mu.Unlock()
 	s.agent.SetLocal(addrs, s.dev.Load().Port())
 	s.links.networkChanged()
+	s.tcp.localChanged(addrs)
 	s.control.networkChanged()
 	s.lan.networkChanged()
 	s.lookAtRouters()
@@ -386,6 +392,7 @@ func (s *session) configure(gone []punch.Key, changed []punch.Peer) {
 		s.agent.SetPeer(p)
 	}
 	s.links.setMembers(relays, peers)
+	s.tcp.keep(s.hasPeer)
 }
 
 // hasPeer says whether a peer is a member.

@@ -103,6 +103,13 @@ func (s *session) route(path punch.Path, full bool) PathStatus {
 		}
 		return st
 	}
+	if far, ok := s.links.direct(path.Addr); ok {
+		st := PathStatus{Kind: "direct", Via: "tcp"}
+		if full {
+			st.Endpoint = far.String()
+		}
+		return st
+	}
 	name, over := s.links.relayed(path.Addr, full)
 	st := PathStatus{Kind: "relay", Relay: name}
 	if over != relay.None {

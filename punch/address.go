@@ -76,7 +76,7 @@ func (a *Agent) near(addr netip.AddrPort) bool {
 
 // allowed reports whether addr may be probed at all.
 func (a *Agent) allowed(addr netip.AddrPort) bool {
-	if !probeable(addr) || a.cfg.Forbidden != nil && a.cfg.Forbidden(addr) {
+	if !a.probeable(addr) || a.cfg.Forbidden != nil && a.cfg.Forbidden(addr) {
 		return false
 	}
 	for _, prefix := range a.local {

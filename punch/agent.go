@@ -361,7 +361,7 @@ func (a *Agent) SetLocal(addrs []netip.Prefix, port uint16) {
 	local := make([]netip.Prefix, 0, len(addrs))
 	for _, prefix := range addrs {
 		ip := prefix.Addr().Unmap()
-		if ip.IsGlobalUnicast() {
+		if ip.IsGlobalUnicast() || a.cfg.Loopback && ip.IsLoopback() {
 			bits := prefix.Bits()
 			if prefix.Addr().Is4In6() {
 				bits -= 96

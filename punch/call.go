@@ -219,6 +219,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		nonce:      a.cfg.Nonces[0],
 		candidates: a.own,
 		hard:       p.meeting.mine,
+		message:    p.message,
 	}
 	for _, q := range p.pairs {
 		if !a.near(q.addr) && !q.relayed() && !q.sent.IsZero() && now.Sub(q.sent) < openFor {

@@ -239,14 +239,14 @@ func (a *Agent) collect() []Candidate {
 		switch {
 		case known >= 0 && len(seen[known].Token) == 0:
 			seen[known].Token = s.token
-		case known < 0 && probeable(s.mapped) && len(seen) < maxReflexive:
+		case known < 0 && a.probeable(s.mapped) && len(seen) < maxReflexive:
 			seen = append(seen, Candidate{Addr: s.mapped, Type: ServerReflexive, Token: s.token})
 		}
 	}
 	for _, prefix := range a.local {
 		addr := netip.AddrPortFrom(prefix.Addr(), a.port)
 		known := slices.ContainsFunc(seen, func(c Candidate) bool { return c.Addr == addr })
-		if !known && probeable(addr) {
+		if !known && a.probeable(addr) {
 			hosts = append(hosts, Candidate{Addr: addr, Type: Host})
 		}
 	}

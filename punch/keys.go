@@ -23,19 +23,11 @@ type secrets struct {
 // and both keys: in order of value for checks, sender first for signals, so that
 // a signal cannot be reflected.
 func derive(private *ecdh.PrivateKey, mesh [32]byte, peer Key) (*secrets, error) {
-	public, err := ecdh.X25519().NewPublicKey(peer[:])
+	root, low, high, err := agree(private, peer)
 	if err != nil {
-		return nil, fmt.Errorf("read public key: %w", err)
-	}
-	root, err := private.ECDH(public)
-	if err != nil {
-		return nil, fmt.Errorf("agree with public key: %w", err)
+		return nil, err
 	}
 	own := private.PublicKey().Bytes()
-	low, high := own, peer[:]
-	if bytes.Compare(low, high) > 0 {
-		low, high = high, low
-	}
 	s := &secrets{}
 	if s.check, err = expand(root, mesh, "overlay/v1/check", low, high); err != nil {
 		return nil, err
@@ -47,6 +39,23 @@ func derive(private *ecdh.PrivateKey, mesh [32]byte, peer Key) (*secrets, error)
 		return nil, err
 	}
 	return s, nil
+}
+
+// agree gives the Diffie-Hellman result with a peer, and both public keys in
+// order of value.
+func agree(private *ecdh.PrivateKey, peer Key) (root, low, high []byte, err error) {
+	public, err := ecdh.X25519().NewPublicKey(peer[:])
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("read public key: %w", err)
+	}
+	if root, err = private.ECDH(public); err != nil {
+		return nil, nil, nil, fmt.Errorf("agree with public key: %w", err)
+	}
+	low, high = private.PublicKey().Bytes(), peer[:]
+	if bytes.Compare(low, high) > 0 {
+		low, high = high, low
+	}
+	return root, low, high, nil
 }
 
 func expand(root []byte, mesh [32]byte, purpose string, keys ...[]byte) ([]byte, error) {

@@ -401,8 +401,8 @@ func (a *Agent) compare(p *peer, q *pair, now time.Time) {
 }
 
 func (a *Agent) cost(q *pair) time.Duration {
-	if a.near(q.addr) {
-		return q.rtt
+	if a.near(q.addr) || q.relayed() {
+		return q.rtt + q.extra
 	}
 	return q.rtt + natCost
 }

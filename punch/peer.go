@@ -51,7 +51,8 @@ type pair struct {
 	reach    reach
 
 	// Of relayed pairs only.
-	here    bool      // the peer was seen at the relay
+	here    bool // the peer was seen at the relay
+	extra   time.Duration
 	late    time.Time // when an answer is overdue; zero: none is awaited
 	doubted time.Time // when that was reported last
 }
@@ -71,6 +72,7 @@ type peer struct {
 	counter   uint64 // of our checks and signals to it
 	talked    Signals
 	refused   []Refusal // at most MaxCandidates
+	message   []byte    // that the signal under way carries; see SendMessage
 
 	due   time.Time // position in the queue
 	index int       // -1: not in it

@@ -1,24 +1,3 @@
-// Package punch finds and keeps the best path between two hosts behind NATs.
-//
-// It is protocol without I/O: bytes leave through Config.Send and arrive
-// through Agent.Receive, so the same code runs over WireGuard's own socket, over
-// a plain net.PacketConn, and inside a simulated network with a fake clock.
-//
-// NAT traversal takes five steps, and each has its place here:
-//
-//  1. Discover: Binding requests to the servers (gather.go) tell the
-//     server-reflexive candidates; the host candidates come from SetLocal, those
-//     that a router was asked for from SetMapped.
-//  2. Exchange: candidates travel as Config.OnCandidates (published) and in
-//     sealed signals (signal.go).
-//  3. Initiate: openers, a call, then checks on every candidate pair (check.go).
-//  4. Respond: a call is answered with openers, "opened", and checks at once;
-//     an authenticated check from a new address is a peer-reflexive candidate.
-//  5. Keep alive: consent, liveness and the choice of the path (path.go), by its
-//     losses too (quality.go), and the size of datagrams it carries (reach.go).
-//
-// Where a NAT gives every peer another port, so that calls fail, both sides sample
-// it (behavior.go) and agree to look for its ports together (hard.go).
 package punch
 
 import (
@@ -153,6 +132,10 @@ type Config struct {
 	// server's address-and-port pairs). nil: only the built-in rules hold. It is
 	// called with locks held and must not call the agent.
 	Forbidden func(netip.AddrPort) bool
+	// OnMessage is told what a peer sent with SendMessage. nil: it is dropped.
+	OnMessage func(Key, []byte)
+	// Loopback allows addresses of this machine itself, for two programs on it.
+	Loopback bool
 
 	// Datagram is the size of the largest datagram that the data plane sends on a path
 	// whose MTU is not known; 0: 1432, WireGuard's for an interface MTU of 1400.

@@ -29,11 +29,13 @@ const (
 // peer: datagrams that Config.Send gets for it go to the peer over the relay, and
 // Receive gets it as the source of what comes from there. RTT is the estimated
 // round trip between the two nodes, before checks measured it; zero: unknown. Here
-// says that the peer was seen at the relay. Config.Forbidden should refuse handles,
+// says that the peer was seen at the relay. Cost is added to its round trip where
+// it is compared with other relays. Config.Forbidden should refuse handles,
 // so that what still comes over a relay that was given up makes no candidate.
 type Relay struct {
 	Addr netip.AddrPort
 	RTT  time.Duration
+	Cost time.Duration
 	Here bool
 }
 
@@ -95,7 +97,7 @@ func (p *peer) setRelay(r Relay, now time.Time) {
 	if q.here && !r.Here {
 		q.valid = false
 	}
-	q.here = r.Here
+	q.here, q.extra = r.Here, r.Cost
 	if q.samples == 0 {
 		q.rtt = r.RTT
 	}
@@ -175,7 +177,7 @@ func (q *pair) before(other *pair) bool {
 	case q.reachable() != other.reachable():
 		return q.reachable()
 	}
-	return q.expected() < other.expected()
+	return q.expected()+q.extra < other.expected()+other.extra
 }
 
 // fallback returns the relay that takes over from the path in use.

@@ -31,6 +31,9 @@ const (
 	signalPropose
 	signalAgree
 	signalGo
+
+	// signalMessage carries a message of the programs above; see SendMessage.
+	signalMessage signalKind = 20
 )
 
 // hard reports whether signals of the kind describe the sender's NAT.
@@ -57,12 +60,14 @@ var (
 //	+---------------+-----------------------------------------------+
 //	| m <= 16       | m addresses of the receiver that the sender's |
 //	|               | NAT is open towards, coded as candidates      |
-//	+---------------+-----------------------------------------------+
+//	+---------------+---------------+-------------------------------+
+//	| only of kind 20: its length   | message                       |
+//	+-------------------------------+-------------------------------+
 //
 // A candidate is one byte (family 4 or 6 in the high half, type in the low
 // half), 4 or 16 bytes of address, 2 bytes of port. Signals about a hard round go
-// on with a description of the sender's NAT (side). Bytes after that are for later
-// versions and are ignored.
+// on with a description of the sender's NAT (side). Bytes after all of it are for
+// later versions and are ignored.
 type signal struct {
 	kind       signalKind
 	boot       uint64
@@ -71,6 +76,7 @@ type signal struct {
 	candidates []Candidate
 	opened     []netip.AddrPort
 	hard       side // of signals about a hard round
+	message    []byte
 }
 
 func (s *signal) marshal() []byte {
@@ -88,6 +94,10 @@ func (s *signal) marshal() []byte {
 	}
 	if s.kind.hard() {
 		b = s.hard.append(b)
+	}
+	if s.kind == signalMessage {
+		b = binary.BigEndian.AppendUint16(b, uint16(len(s.message)))
+		b = append(b, s.message...)
 	}
 	return b
 }
@@ -129,12 +139,27 @@ func parseSignal(b []byte) (*signal, error) {
 	for _, c := range opened {
 		s.opened = append(s.opened, c.Addr)
 	}
-	if s.kind.hard() {
-		if s.hard, err = parseSide(b); err != nil {
-			return nil, err
-		}
+	switch {
+	case s.kind.hard():
+		s.hard, err = parseSide(b)
+	case s.kind == signalMessage:
+		s.message, err = cutMessage(b)
+	}
+	if err != nil {
+		return nil, err
 	}
 	return s, nil
+}
+
+func cutMessage(b []byte) ([]byte, error) {
+	if len(b) < 2 {
+		return nil, errSignalFormat
+	}
+	size := int(binary.BigEndian.Uint16(b))
+	if size == 0 || size > MaxMessage || len(b) < 2+size {
+		return nil, errSignalFormat
+	}
+	return b[2 : 2+size], nil
 }
 
 // cutAddresses reads a list and returns what follows it.
@@ -231,6 +256,9 @@ func (a *Agent) handleSignal(p *peer, s *signal, now time.Time) {
 	p.talked.LastHeard = now
 	p.meeting.follow(s.candidates)
 	a.release(p, now)
+	if s.kind == signalMessage {
+		a.receiveMessage(p, s.message)
+	}
 	if s.kind == signalCall {
 		p.wantAnswer = true
 		p.wantProbe = true

@@ -63,6 +63,7 @@ type node struct {
 	doubts   []netip.AddrPort
 	lost     []time.Time // when a peer said that it has no session
 	mtus     []told      // MTUs of paths
+	messages []string    // of SendMessage
 }
 
 // told is when something was told.
@@ -123,6 +124,11 @@ func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			n.lost = append(n.lost, time.Now())
+		},
+		OnMessage: func(_ Key, b []byte) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			n.messages = append(n.messages, string(b))
 		},
 		Forbidden: func(a netip.AddrPort) bool { return a == stunAddr() || overRelay(a) || slices.Contains(forbidden, a) },
 	}

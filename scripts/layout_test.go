@@ -49,6 +49,7 @@ func rooms() map[string]room {
 			barred:  []string{"net", "os", "os/exec", "syscall"},
 			quiet:   true,
 		},
+		"punch/direct":  {ours: []string{"punch"}, foreign: []string{x + "crypto", x + "sync", x + "sys"}},
 		"punch/portmap": {foreign: []string{"github.com/huin/goupnp/soap", x + "sync"}},
 		"punch/relay":   {ours: []string{"punch"}, foreign: []string{x + "crypto", x + "sync", x + "sys", x + "time"}},
 		"punch/nattest": {ours: []string{"punch"}, foreign: []string{stun}, barred: []string{"net", "os/exec"}, quiet: true},
@@ -65,7 +66,7 @@ func rooms() map[string]room {
 			foreign: []string{stun, x + "crypto", x + "sync", x + "sys", x + "time"},
 		},
 		"overlay": {
-			ours:    []string{"coord", "coord/trust", "punch", "punch/portmap", "punch/relay", "tun", "tun/filter"},
+			ours:    []string{"coord", "coord/trust", "punch", "punch/direct", "punch/portmap", "punch/relay", "tun", "tun/filter"},
 			foreign: []string{wg + "/wgctrl", x + "crypto", x + "net", x + "sync", x + "sys", x + "time"},
 		},
 		"cmd/overlay": {

@@ -147,7 +147,7 @@ func TestProbeIsNotCut(t *testing.T) {
 	received := make(chan int, 10)
 	s.do(t, func() error {
 		a = openLarge(t, Config{}, keyB)
-		b = openBind(t, Config{Receive: func(b []byte, _ netip.AddrPort, _ netip.Addr) { received <- len(b) }})
+		b = openBind(t, Config{Receive: func(b []byte, _ netip.AddrPort, _ netip.AddrPort) { received <- len(b) }})
 		return nil
 	})
 	probe := func(size int) []byte {
@@ -156,10 +156,10 @@ func TestProbeIsNotCut(t *testing.T) {
 		return m
 	}
 	for _, v6 := range []bool{false, true} {
-		if err := a.send(probe(1600), b.at(v6), netip.Addr{}, 0); err == nil {
+		if err := a.send(probe(1600), b.at(v6), netip.AddrPort{}, 0); err == nil {
 			t.Error("a probe larger than the interface left")
 		}
-		check(t, a.send(probe(1400), b.at(v6), netip.Addr{}, 0))
+		check(t, a.send(probe(1400), b.at(v6), netip.AddrPort{}, 0))
 		if n := <-received; n != 1400 {
 			t.Errorf("%d bytes arrived", n)
 		}

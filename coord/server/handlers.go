@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -127,6 +128,19 @@ func (s *Server) listNodes(c call) (any, error) {
 		infos[i].Online, infos[i].LastSeen = s.hub.presence(infos[i].Device)
 	}
 	return coord.NodeList{Nodes: infos}, err
+}
+
+// address tells a member the address its connection comes from. A node asks from
+// the port that it wants a peer to connect to.
+func (s *Server) address(c call) (any, error) {
+	if !s.hub.knows(c.device) {
+		return nil, refuse(coord.CodeNotMember, "only members are told their address")
+	}
+	from, err := netip.ParseAddrPort(c.r.RemoteAddr)
+	if err != nil {
+		return nil, fmt.Errorf("read address of the connection: %w", err)
+	}
+	return coord.Seen{Address: netip.AddrPortFrom(from.Addr().Unmap(), from.Port())}, nil
 }
 
 // upgrade turns the connection into a stream.

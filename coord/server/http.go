@@ -88,6 +88,7 @@ func (s *Server) routes() http.Handler {
 		"POST /v1/invites": s.addInvite,
 		"GET /v1/invites":  s.listInvites,
 		"GET /v1/nodes":    s.listNodes,
+		"GET /v1/address":  s.address,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { s.handle(w, r, h) })
 	}

@@ -230,6 +230,11 @@ func directTo(name string) func(overlay.Status) bool {
 	return func(st overlay.Status) bool { return pathTo(st, name).Kind == "direct" }
 }
 
+// viaTCP asks whether it is a TCP connection.
+func viaTCP(name string) func(overlay.Status) bool {
+	return func(st overlay.Status) bool { return pathTo(st, name).Via == "tcp" }
+}
+
 func online(st overlay.Status) bool { return st.Self.Online }
 
 // awaitDirect waits until each of both sees a direct path to the other, and

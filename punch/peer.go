@@ -46,6 +46,9 @@ type pair struct {
 	samples  int
 	better   int // samples in a row that beat the selected pair
 
+	seenAs   netip.AddrPort // ours, as the peer saw it in the last answer
+	seenTime time.Time      // when that was
+
 	// Of relayed pairs only.
 	here    bool      // the peer was seen at the relay
 	late    time.Time // when an answer is overdue; zero: none is awaited

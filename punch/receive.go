@@ -107,6 +107,7 @@ func (a *Agent) receiveAnswer(m *stun.Message, from netip.AddrPort, at netip.Add
 	t.pair.waiting = slices.DeleteFunc(t.pair.waiting, func(id transactionID) bool {
 		return id == m.TransactionID
 	})
+	a.seen(t.pair, m, now)
 	a.accept(t, at, now)
 	a.schedule(t.peer, now)
 }

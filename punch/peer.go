@@ -109,6 +109,7 @@ type peer struct {
 	demanded    time.Time
 	received    time.Time // last authenticated receipt
 	arrived     time.Time // last data; zero: the silence since was questioned
+	pace        pace      // of data
 	sentAt      time.Time // last packet on the selected path
 	sendingFrom time.Time // first packet after the last receipt; zero: none
 }

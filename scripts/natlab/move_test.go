@@ -232,7 +232,8 @@ func startTrickle(t *testing.T, from, to *member) *drip {
 	s := &drip{done: make(chan struct{}), sent: sha256.New(), got: sha256.New()}
 	var l net.Listener
 	err := to.inside(func() (err error) {
-		l, err = net.Listen("tcp", netip.AddrPortFrom(to.addr, 0).String())
+		silent := net.ListenConfig{KeepAlive: -1} // Go's own gives up after 150 s
+		l, err = silent.Listen(t.Context(), "tcp", netip.AddrPortFrom(to.addr, 0).String())
 		return err
 	})
 	if err != nil {
@@ -249,7 +250,8 @@ func startTrickle(t *testing.T, from, to *member) *drip {
 		return err
 	})
 	err = from.inside(func() (err error) {
-		s.conn, err = net.DialTimeout("tcp", l.Addr().String(), directWait)
+		silent := net.Dialer{Timeout: directWait, KeepAlive: -1}
+		s.conn, err = silent.DialContext(t.Context(), "tcp", l.Addr().String())
 		return err
 	})
 	if err != nil {

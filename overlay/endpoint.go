@@ -31,6 +31,7 @@ type endpoints struct {
 	copies  map[punch.Key]netip.AddrPort // as the device was told last
 	failed  map[punch.Key]unwritten
 	renewed map[punch.Key]bool
+	resumed bool // all sessions ended
 }
 
 // A path that could not be written is written again after a wait that doubles.
@@ -144,6 +145,9 @@ func (e *endpoints) run(ctx context.Context) error {
 			}
 		}
 		for _, p := range e.again() {
+			handshakes.start(p, time.Now())
+		}
+		for _, p := range e.afresh() {
 			handshakes.start(p, time.Now())
 		}
 		rewrite.Reset(e.nextRewrite(time.Now()))

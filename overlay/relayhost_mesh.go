@@ -141,7 +141,7 @@ func (h *relayHost) run(ctx context.Context) error {
 	g.Go(func() error { return h.tend(ctx) })
 	g.Go(func() error { return h.followPublic(ctx) })
 	g.Go(func() error {
-		return tun.Watch(ctx, func() {
+		return tun.Watch(ctx, func(bool) {
 			h.agent.NetworkChanged()
 			h.control.networkChanged()
 		})

@@ -38,6 +38,7 @@ func (s *session) newLinks() *links {
 		publish: s.control.publish,
 		arrived: func(k punch.Key) { s.endpoints.renew(k) },
 		changed: s.ring,
+		mapped:  s.agent.Remapped,
 		log:     s.log,
 	})
 }

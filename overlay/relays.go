@@ -70,11 +70,13 @@ type linksConfig struct {
 	send   func(b []byte, to netip.AddrPort) error
 	// servers is told the STUN servers among the relays when they change,
 	// publish that the record is another one, arrived that a peer came to a
-	// relay, and changed that what status shows is different.
+	// relay, changed that what status shows is different, and mapped that a relay
+	// sees us at another address than before.
 	servers func([]punch.Server)
 	publish func()
 	arrived func(punch.Key)
 	changed func()
+	mapped  func()
 	log     *slog.Logger
 }
 

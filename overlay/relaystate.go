@@ -27,6 +27,9 @@ func (l *links) onState(k *relayLink, st relay.State) {
 	moved := l.judge(k, now)
 	name := k.info.name
 	l.mu.Unlock()
+	if mappedAnew(old, st) && l.cfg.mapped != nil {
+		l.cfg.mapped()
+	}
 	if st.Transport != old.Transport {
 		l.logState(name, old, st)
 	}
@@ -35,6 +38,12 @@ func (l *links) onState(k *relayLink, st relay.State) {
 	}
 	l.poke()
 	l.cfg.changed()
+}
+
+// mappedAnew reports whether the address of ours that a relay sees is another one.
+// Asked at another address of its own it may see another one anyway.
+func mappedAnew(old, now relay.State) bool {
+	return old.Observed.IsValid() && now.Transport == relay.UDP && old.Addr == now.Addr && old.Observed != now.Observed
 }
 
 func (l *links) logState(name string, old, st relay.State) {

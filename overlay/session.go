@@ -57,6 +57,7 @@ type session struct {
 	mesh      []netip.Prefix // neither are its own prefixes
 	endpoints *endpoints
 	checking  atomic.Bool // a netcheck runs
+	moves     movement
 
 	mu     sync.Mutex
 	roster *roster
@@ -102,7 +103,7 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 		return nil, err
 	}
 	s.endpoints = newEndpoints(s.dev.Load(), s.links.describe, s.hasPeer, cfg.Log)
-	if err := errors.Join(s.newMapper(), s.linkChanged()); err != nil {
+	if err := errors.Join(s.newMapper(), s.linkChanged(false)); err != nil {
 		return nil, errors.Join(err, s.dev.Load().Close())
 	}
 	return s, nil
@@ -124,8 +125,9 @@ func (s *session) newAgent(m *membership) error {
 		Datagram:     s.settings.MTU + tun.MessageOverhead,
 		OnCandidates: s.candidates,
 		OnDoubt:      func(handle netip.AddrPort) { s.links.doubt(handle) },
+		OnRemapped:   s.remapped,
 		OnSessionLost: func(k punch.Key) {
-			s.log.Info("peer restarted", "peer", tun.Key(k))
+			s.log.Info("peer has no session with us", "peer", tun.Key(k))
 			s.dev.Load().RestartSession(tun.Key(k))
 		},
 		OnMessage: func(k punch.Key, b []byte) { s.tcp.receive(k, b) },
@@ -293,34 +295,11 @@ func (s *session) run(ctx context.Context) error {
 	})
 	g.Go(func() error { return s.endpoints.run(ctx) })
 	g.Go(func() error { return s.tend(ctx) })
-	g.Go(func() error {
-		return tun.Watch(ctx, func() {
-			if err := s.linkChanged(); err != nil {
-				s.log.Warn("local addresses not read", "err", err)
-			}
-		})
-	})
+	g.Go(func() error { return s.follow(ctx) })
+	g.Go(func() error { return watchSleep(ctx, sinceBoot, s.woke) })
 	err := g.Wait()
 	s.saveCache()
 	return errors.Join(err, dev.Close())
-}
-
-// linkChanged looks at the machine's addresses again.
-func (s *session) linkChanged() error {
-	addrs, err := tun.HostAddrs()
-	if err != nil {
-		return fmt.Errorf("list local addresses: %w", err)
-	}
-	s.mu.Lock()
-	s.local = addrs
-	s.mu.Unlock()
-	s.agent.SetLocal(addrs, s.dev.Load().Port())
-	s.links.networkChanged()
-	s.tcp.localChanged(addrs)
-	s.control.networkChanged()
-	s.lan.networkChanged()
-	s.lookAtRouters()
-	return nil
 }
 
 // welcome starts gathering on the server that was just reached.

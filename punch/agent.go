@@ -37,6 +37,7 @@ type Agent struct {
 	changed time.Time // last change of the network; zero: none since the start
 	servers []*server
 	mapped  []netip.AddrPort // SetMapped
+	remaps  time.Time        // last change of a mapping that was acted on
 	own     []Candidate
 	told    []Candidate // what OnCandidates said last
 	tellAt  time.Time   // zero: nothing to tell
@@ -356,8 +357,8 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 }
 
 // SetLocal tells the addresses of the real interfaces and our UDP port. A change
-// is a change of the network.
-func (a *Agent) SetLocal(addrs []netip.Prefix, port uint16) {
+// is a change of the network, and reported.
+func (a *Agent) SetLocal(addrs []netip.Prefix, port uint16) (changed bool) {
 	local := make([]netip.Prefix, 0, len(addrs))
 	for _, prefix := range addrs {
 		ip := prefix.Addr().Unmap()
@@ -379,7 +380,7 @@ func (a *Agent) SetLocal(addrs []netip.Prefix, port uint16) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if slices.Equal(local, a.local) && port == a.port {
-		return
+		return false
 	}
 	var lost [2]bool
 	for _, prefix := range a.local {
@@ -394,6 +395,7 @@ func (a *Agent) SetLocal(addrs []netip.Prefix, port uint16) {
 	a.local, a.port = local, port
 	a.refresh(now)
 	a.networkChanged(now, lost)
+	return true
 }
 
 // Path returns the path in use towards a peer.

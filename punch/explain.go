@@ -66,6 +66,7 @@ const (
 	Signalled Source = "signalled" // the peer, in a signal
 	Learnt    Source = "learnt"    // an authenticated check came from there
 	ByRelay   Source = "relay"     // SetRelays
+	Announced Source = "announced" // multicast in our LAN
 )
 
 // PairState says how far a pair came.
@@ -274,7 +275,7 @@ func (s source) names() []Source {
 	for _, n := range []struct {
 		bit  source
 		name Source
-	}{{published, Published}, {signalled, Signalled}, {learnt, Learnt}, {relay, ByRelay}} {
+	}{{published, Published}, {signalled, Signalled}, {learnt, Learnt}, {relay, ByRelay}, {announced, Announced}} {
 		if s&n.bit != 0 {
 			list = append(list, n.name)
 		}

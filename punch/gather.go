@@ -194,6 +194,9 @@ func (a *Agent) mapping(s *server, m *stun.Message, now time.Time) {
 	}
 	delete(a.sent, s.id)
 	s.next = time.Time{}
+	if s.fresh && s.mapped.IsValid() && s.mapped != mapped && now.Before(a.activeUntil) {
+		a.remap(now)
+	}
 	s.fresh, s.at = true, now
 	s.mapped, s.token = mapped, nil
 	if token, err := m.Get(AttrToken); err == nil {

@@ -31,7 +31,7 @@ type round struct {
 	next  time.Time
 	count int // packets that left
 	sent  map[transactionID]trial
-	pace  pace
+	pace  governor
 }
 
 // trial is a check of a round that waits for its answer.
@@ -41,18 +41,18 @@ type trial struct {
 	at    time.Time
 }
 
-// pace holds a rate in every second: it knows when the last packets left.
-type pace struct {
+// governor holds a rate in every second: it knows when the last packets left.
+type governor struct {
 	times [maxHardRate]time.Time
 	count int
 }
 
 // ready is when the next packet may leave.
-func (p *pace) ready() time.Time {
+func (p *governor) ready() time.Time {
 	return p.times[p.count%len(p.times)].Add(time.Second)
 }
 
-func (p *pace) take(now time.Time) {
+func (p *governor) take(now time.Time) {
 	p.times[p.count%len(p.times)] = now
 	p.count++
 }

@@ -10,10 +10,6 @@ const (
 	// how long sending without receiving goes unquestioned.
 	tick    = 100 * time.Millisecond
 	silence = 100 * time.Millisecond
-	// hush is how long after data ends the path is checked, once. A side that only
-	// answers has nothing to send when its router gets another address, and would
-	// not notice before the next consent check.
-	hush = time.Second
 	// activeFor is how long after the last traffic a peer counts as active.
 	activeFor = 10 * time.Second
 	// Demand: the shortest time between two that count, the pause after which
@@ -80,6 +76,7 @@ func (p *peer) observe(seen Activity, now time.Time) {
 	}
 	if seen.Received != old.Received {
 		p.receive(now)
+		p.pace.note(now)
 		p.arrived = now
 		proven := !p.uncertain
 		if p.selected != nil && p.selected.relayed() {
@@ -156,7 +153,7 @@ func (a *Agent) watch(p *peer, now time.Time) {
 	}
 	active := p.active(now)
 	silent := active && !p.sendingFrom.IsZero() && now.Sub(p.sendingFrom) >= silence
-	hushed := active && !p.arrived.IsZero() && now.Sub(p.arrived) >= hush
+	hushed := active && !p.arrived.IsZero() && now.Sub(p.arrived) >= p.pace.hush()
 	idle := !active && a.kept(p.selected) && now.Sub(p.sentAt) >= keepalive
 	if hushed {
 		p.arrived = time.Time{}

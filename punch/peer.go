@@ -50,6 +50,9 @@ type pair struct {
 	quality  quality
 	reach    reach
 
+	seenAs   netip.AddrPort // ours, as the peer saw it in the last answer
+	seenTime time.Time      // when that was
+
 	// Of relayed pairs only.
 	here    bool // the peer was seen at the relay
 	extra   time.Duration
@@ -117,6 +120,7 @@ type peer struct {
 	demanded    time.Time
 	received    time.Time // last authenticated receipt
 	arrived     time.Time // last data; zero: the silence since was questioned
+	pace        pace      // of data
 	sentAt      time.Time // last packet on the selected path
 	sendingFrom time.Time // first packet after the last receipt; zero: none
 	unanswered  time.Time // first packet after the last data; zero: none

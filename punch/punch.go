@@ -125,6 +125,9 @@ type Config struct {
 	// OnCandidates is called when the own candidates changed, or a token came
 	// where there was none.
 	OnCandidates func([]Candidate)
+	// OnRemapped is called when a NAT gave us another address or port than it
+	// had, although nothing changed here: it was restarted, or is another one.
+	OnRemapped func()
 	// Activity reports a peer's counters; nil: always zero. It is called without
 	// locks held.
 	Activity func(Key) Activity

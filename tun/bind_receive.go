@@ -222,6 +222,9 @@ func (r *receiver) owner(index uint32) *peer {
 // by wireguard-go at once and cost no credit.
 func (r *receiver) take(b []byte) {
 	if b[0] != typeData {
+		if b[0] == typeResponse {
+			r.b.response(b)
+		}
 		return
 	}
 	if r.owner(indexOf(b)) == nil {

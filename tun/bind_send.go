@@ -51,9 +51,14 @@ func (b *bind) Send(bufs [][]byte, ep conn.Endpoint) error {
 		return nil
 	}
 	if e.peer != nil {
-		if bufs[0][0] == typeInitiation && len(bufs[0]) == initiationSize && !e.peer.initiate.Load() {
-			b.holds.keep(bufs[0], e)
-			return nil
+		if bufs[0][0] == typeInitiation && len(bufs[0]) == initiationSize {
+			if b.leave(e.peer) {
+				return nil
+			}
+			if !e.peer.initiate.Load() {
+				b.holds.keep(bufs[0], e)
+				return nil
+			}
 		}
 		b.spoke(e.peer, content, bufs[0][0] == typeInitiation)
 	}
@@ -86,6 +91,7 @@ func (b *bind) book(first []byte, p *peer, content int) {
 	switch first[0] {
 	case typeResponse:
 		b.holds.drop(p)
+		p.answers()
 		p.answered.Store(b.now())
 		b.peers.learn(indexOf(first), p)
 	case typeInitiation:

@@ -179,26 +179,6 @@ func (d *Device) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// Rebind closes all sockets and opens them again on the same ports, those of
-// OpenSockets too; sessions and endpoints stay. While it fails nothing is sent or
-// received, and it can be repeated. It must not be called from Config.Receive or
-// Config.Demand. The sockets are made in the network namespace of the calling
-// thread.
-func (d *Device) Rebind() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		return ErrClosed
-	}
-	if port := d.bind.port(); port != 0 {
-		d.port = port
-	}
-	if err := d.wg.IpcSet(fmt.Sprintf("listen_port=%d\n", d.port)); err != nil {
-		return fmt.Errorf("open udp port %d again: %w", d.port, err)
-	}
-	return nil
-}
-
 // waitClosed waits for the end of wireguard-go, which closes itself when it can
 // no longer read from the TUN.
 func (d *Device) waitClosed(ctx context.Context) error {

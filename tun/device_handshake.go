@@ -48,6 +48,7 @@ type handshake struct {
 	moved   time.Time      // when those were set
 	waiting bool           // a start is put off
 	waited  bool           // it was, long enough
+	dead    time.Time      // when the session was completed that counts no more
 }
 
 // of returns the handshake of k; call it with mu held.
@@ -113,6 +114,17 @@ func (h *handshakes) due(k Key, sent time.Time, initiate bool, list func() map[K
 	return wait
 }
 
+// putOff has a start that was due wait.
+func (h *handshakes) putOff(k Key, wait time.Duration) time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if wait > 0 {
+		one := h.of(k)
+		one.started, one.waiting = time.Time{}, true
+	}
+	return wait
+}
+
 // restart tells whether a session that the peer has lost should make room for
 // another: not when a handshake began or was completed just now.
 func (h *handshakes) restart(k Key, list func() map[Key]time.Time) bool {
@@ -126,7 +138,7 @@ func (h *handshakes) restart(k Key, list func() map[Key]time.Time) bool {
 	if age := now.Sub(h.sessions[k]); age >= 0 && age < restartInterval {
 		return false
 	}
-	one.started = now
+	one.started, one.dead = now, h.sessions[k]
 	return true
 }
 
@@ -140,15 +152,20 @@ func (h *handshakes) resume(k Key) {
 }
 
 // alive tells whether the session's keys are still good; those from the future
-// were made before the clock was set back.
+// were made before the clock was set back, and those of a dead one are not used.
 func (h *handshakes) alive(k Key, now time.Time) bool {
-	age := now.Sub(h.sessions[k])
+	at := h.sessions[k]
+	if one := h.peers[k]; one != nil && at.Equal(one.dead) {
+		return false
+	}
+	age := now.Sub(at)
 	return age >= 0 && age < device.RejectAfterTime
 }
 
 // StartHandshake sends a handshake initiation to the peer now, unless there is a
-// session with it or an initiation took the present path in the last 50 ms. The
-// side that does not initiate (Peer.Initiate) leaves it to the other for 300 ms.
+// session with it, the peer begins one, or an initiation took the present path in
+// the last 50 ms. The side that does not initiate (Peer.Initiate) leaves it to the
+// other for 300 ms.
 //
 // wireguard-go itself would wait for 5 s after an initiation that was lost, or
 // whose answer was because the other side had no path yet: until there is a
@@ -166,7 +183,11 @@ func (d *Device) StartHandshake(k Key) {
 	if last := shared.lastSent.Load(); last != 0 {
 		sent = time.Now().Add(time.Duration(last - d.bind.now()))
 	}
-	switch wait := d.starts.due(k, sent, shared.initiate.Load(), d.sessions); {
+	wait := d.starts.due(k, sent, shared.initiate.Load(), d.sessions)
+	if wait == 0 {
+		wait = d.starts.putOff(k, d.bind.begins(shared))
+	}
+	switch {
 	case wait < 0:
 		return
 	case wait > 0:
@@ -223,6 +244,7 @@ func (d *Device) sessions() map[Key]time.Time {
 func parseSessions(b *bytes.Buffer) map[Key]time.Time {
 	list := make(map[Key]time.Time)
 	var k Key
+	var sec int64
 	for s := bufio.NewScanner(b); s.Scan(); {
 		name, value, _ := strings.Cut(s.Text(), "=")
 		switch name {
@@ -231,8 +253,10 @@ func parseSessions(b *bytes.Buffer) map[Key]time.Time {
 				return list
 			}
 		case "last_handshake_time_sec":
-			if sec, err := strconv.ParseInt(value, 10, 64); err == nil && sec > 0 {
-				list[k] = time.Unix(sec, 0)
+			sec, _ = strconv.ParseInt(value, 10, 64) // 0: never, or not a number
+		case "last_handshake_time_nsec":
+			if nsec, err := strconv.ParseInt(value, 10, 64); err == nil && sec > 0 {
+				list[k] = time.Unix(sec, nsec)
 			}
 		}
 	}

@@ -62,7 +62,7 @@ func TestThroughSpare(t *testing.T) {
 }
 
 // A device that opens its sockets anew keeps port, session and paths.
-func TestRebind(t *testing.T) {
+func TestRebindKeepsSessions(t *testing.T) {
 	sa, sb := newSpace(t), newSpace(t)
 	joinSpaces(t, sa, sb)
 	a, b := newNode(t, sa, 1), newNode(t, sb, 2)

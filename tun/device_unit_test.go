@@ -140,13 +140,13 @@ func TestHandshakesRestart(t *testing.T) {
 func TestParseSessions(t *testing.T) {
 	a, b := strings.Repeat("ab", 32), strings.Repeat("cd", 32)
 	text := "private_key=" + a + "\nlisten_port=1\npublic_key=" + a + "\nlast_handshake_time_sec=1700000000\n" +
-		"last_handshake_time_nsec=5\nendpoint=[fd99::1]:1\npublic_key=" + b + "\nlast_handshake_time_sec=0\n"
+		"last_handshake_time_nsec=5\nendpoint=[fd99::1]:1\npublic_key=" + b + "\nlast_handshake_time_sec=0\nlast_handshake_time_nsec=0\n"
 	got := parseSessions(bytes.NewBufferString(text))
-	want := map[Key]time.Time{Key(bytes.Repeat([]byte{0xab}, 32)): time.Unix(1700000000, 0)}
+	want := map[Key]time.Time{Key(bytes.Repeat([]byte{0xab}, 32)): time.Unix(1700000000, 5)}
 	if !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
-	for _, bad := range []string{"public_key=zz\nlast_handshake_time_sec=1\n", "public_key=abcd\nlast_handshake_time_sec=1\n"} {
+	for _, bad := range []string{"public_key=zz\nlast_handshake_time_sec=1\nlast_handshake_time_nsec=1\n", "public_key=abcd\nlast_handshake_time_sec=1\nlast_handshake_time_nsec=1\n"} {
 		if got := parseSessions(bytes.NewBufferString(bad)); len(got) != 0 {
 			t.Errorf("%q: got %v, want nothing", bad, got)
 		}

@@ -44,6 +44,8 @@ type peer struct {
 	demanded atomic.Int64  // since the Bind was made, ns; 0: never
 	unknown  atomic.Int64  // when Config.SessionUnknown was told, as lastSent
 	answered atomic.Int64  // when a handshake was, as lastSent
+	tries    atomic.Int32  // initiations to it without an answer
+	asked    atomic.Int64  // when it was asked to begin instead, as lastSent
 
 	out, in account // messages inside wireguard-go
 

@@ -60,10 +60,12 @@ type Config struct {
 	// Demand is told when packets wait for a peer without a path, or are sent
 	// to a peer after a second of silence. It must not block.
 	Demand func(Key)
-	// SessionUnknown is told, at most once a second for each peer, when data of a
-	// session that is not known comes by a path of a peer with whom there was no
-	// session since SetPeers brought it: this side was restarted. Anybody may have
-	// sent it. For the call the same holds as for Receive.
+	// SessionUnknown is told that a peer should begin a session. That is, at most
+	// once a second for each peer, when data of a session that is not known comes by
+	// a path of a peer with whom there was no session since SetPeers brought it: this
+	// side was restarted; anybody may have sent it. It is when the peer answers no
+	// initiations on its path, and from ExpireSessions. For the call the same holds
+	// as for Receive.
 	SessionUnknown func(Key)
 
 	Log *slog.Logger // nil: silent

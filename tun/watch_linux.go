@@ -13,7 +13,8 @@ import (
 
 const (
 	// burst is how long changes that arrive together are collected into one
-	// call. A DHCP renewal is some five messages within a millisecond.
+	// call. A DHCP renewal is some five messages within a millisecond. The first
+	// loss does not wait; those that come with it are collected.
 	burst = 10 * time.Millisecond
 	// wideRoute is the longest prefix, in bits, whose route can move the path
 	// to hosts somewhere on the Internet: default routes, their halves (which
@@ -28,18 +29,20 @@ type verdict int
 
 const (
 	ignored verdict = iota
-	moved           // something changed: tell when the burst is over
+	moved           // an address or a link changed: tell when the burst is over
+	routed          // a route did, which the addresses do not show
 	lost            // paths are gone: tell at once
 )
 
 // Watch calls changed after every change of the host's addresses, links or wide
 // routes that can move paths, until ctx ends. Changes within 10 ms are one
 // call; the loss of a default route or of a link with addresses is told at
-// once. Links made by this process (TUN) do not count, nor do link-local
-// addresses. changed is called from one goroutine, the caller's, and must not
-// block. Watch looks at the network namespace of the calling thread and returns
-// nil when ctx ends.
-func Watch(ctx context.Context, changed func()) error {
+// once, and what follows it within 10 ms in a second call. routes says that
+// paths may have moved although all addresses are as before. Links made by this
+// process (TUN) do not count, nor do link-local addresses. changed is called
+// from one goroutine, the caller's, and must not block. Watch looks at the
+// network namespace of the calling thread and returns nil when ctx ends.
+func Watch(ctx context.Context, changed func(routes bool)) error {
 	s, err := newEventSocket()
 	if err != nil {
 		return err
@@ -59,8 +62,10 @@ func Watch(ctx context.Context, changed func()) error {
 // differences count.
 type watcher struct {
 	sock    *eventSocket
-	changed func()
+	changed func(routes bool)
 	due     time.Time // when a collected burst is told; zero: nothing collected
+	routes  bool      // what is collected is more than addresses
+	told    time.Time // when a loss was, last
 	links   map[int]linkState
 	addrs   map[addrKey]uint32 // address flags
 }
@@ -120,18 +125,26 @@ func (w *watcher) run(ctx context.Context) error {
 		for _, e := range events {
 			v = max(v, w.judge(e))
 		}
-		switch {
-		case v == lost:
-			w.tell()
-		case v == moved && w.due.IsZero():
-			w.due = time.Now().Add(burst)
-		}
+		w.note(v, time.Now())
+	}
+}
+
+// note tells of the first loss of a burst, and collects all else.
+func (w *watcher) note(v verdict, now time.Time) {
+	w.routes = w.routes || v >= routed
+	switch {
+	case v == lost && now.Sub(w.told) >= burst:
+		w.told = now
+		w.tell()
+	case v != ignored && w.due.IsZero():
+		w.due = now.Add(burst)
 	}
 }
 
 func (w *watcher) tell() {
-	w.due = time.Time{}
-	w.changed()
+	routes := w.routes
+	w.due, w.routes = time.Time{}, false
+	w.changed(routes)
 }
 
 func (w *watcher) judge(e event) verdict {
@@ -147,7 +160,7 @@ func (w *watcher) judge(e event) verdict {
 	case e.kind == unix.RTM_DELROUTE && e.prefix.Bits() <= defaultRoute:
 		return lost
 	}
-	return moved
+	return routed
 }
 
 // judgeLink tells of a link that starts or stops to work, when it has addresses.

@@ -23,7 +23,7 @@ func watch(t *testing.T, s *space) *atomic.Int64 {
 		runtime.LockOSThread()
 		err := unix.Setns(s.fd, unix.CLONE_NEWNET)
 		if err == nil {
-			err = Watch(ctx, func() { calls.Add(1) })
+			err = Watch(ctx, func(bool) { calls.Add(1) })
 		}
 		done <- err
 	}()
@@ -141,8 +141,8 @@ func TestJudge(t *testing.T) {
 		"default route lost":        {event{kind: unix.RTM_DELROUTE, link: eth, prefix: prefix("0.0.0.0/0")}, lost},
 		"half of the default lost":  {event{kind: unix.RTM_DELROUTE, link: eth, prefix: prefix("128.0.0.0/1")}, lost},
 		"ipv6 default route lost":   {event{kind: unix.RTM_DELROUTE, prefix: prefix("::/0")}, lost},
-		"default route":             {event{kind: unix.RTM_NEWROUTE, link: eth, prefix: prefix("::/0")}, moved},
-		"wide route":                {event{kind: unix.RTM_NEWROUTE, link: eth, prefix: prefix("10.0.0.0/8")}, moved},
+		"default route":             {event{kind: unix.RTM_NEWROUTE, link: eth, prefix: prefix("::/0")}, routed},
+		"wide route":                {event{kind: unix.RTM_NEWROUTE, link: eth, prefix: prefix("10.0.0.0/8")}, routed},
 		"small route":               {event{kind: unix.RTM_DELROUTE, link: eth, prefix: prefix("10.0.0.0/9")}, ignored},
 		"our default route":         {event{kind: unix.RTM_DELROUTE, link: own, prefix: prefix("0.0.0.0/0")}, ignored},
 		"link lost":                 {event{kind: unix.RTM_NEWLINK, link: eth, flags: unix.IFF_UP}, lost},

@@ -141,6 +141,11 @@ func (h *Home) load(ctx context.Context, wan netip.Addr) error {
 	if h.carrier() {
 		rules += carrierRules
 	}
+	return h.apply(ctx, rules)
+}
+
+// apply replaces all rules of the router.
+func (h *Home) apply(ctx context.Context, rules string) error {
 	var s script
 	s.add("nft -f - <<'RULES'\nflush ruleset\n%s\nRULES", rules)
 	return h.sh(ctx, s)

@@ -9,8 +9,7 @@ import (
 )
 
 const (
-	roamBar   = 2 * time.Second
-	rebootBar = 5 * time.Second
+	roamBar = 2 * time.Second
 
 	roamSettle = time.Second
 	roamWatch  = 4 * time.Second
@@ -106,7 +105,7 @@ func TestAddressReplaced(t *testing.T) {
 		}
 	}
 	all.report(t)
-	all.of(whatGap).atMost(t, roamBar, roamBar)
+	all.of(whatGap).atMost(t, moveMedian, moveWorst)
 }
 
 // renumber replaces the address and the default route.
@@ -157,7 +156,7 @@ func TestRouterReboots(t *testing.T) {
 		t.Run(string(kind), func(t *testing.T) { routerReboots(t, &all, kind) })
 	}
 	all.report(t)
-	all.of(whatGap).atMost(t, rebootBar, rebootBar)
+	all.of(whatGap).atMost(t, moveMedian, moveWorst)
 }
 
 func routerReboots(t *testing.T, all *figures, kind NAT) {

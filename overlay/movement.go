@@ -1,0 +1,147 @@
+package overlay
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"overlay/punch"
+	"overlay/tun"
+)
+
+const (
+	// wakeTick is how often the clock is looked at, and wakeLate how late a look
+	// has to come for the machine, or this process, to have slept.
+	wakeTick = time.Second
+	wakeLate = 5 * time.Second
+)
+
+// movement has one change of the machine's place told at a time.
+type movement struct{ mu sync.Mutex }
+
+// follow tells of everything after which the paths of this machine are others.
+func (s *session) follow(ctx context.Context) error {
+	return tun.Watch(ctx, func(routes bool) {
+		if err := s.linkChanged(routes); err != nil {
+			s.log.Warn("local addresses not read", "err", err)
+		}
+	})
+}
+
+// linkChanged looks at the machine's addresses again; routes says that paths may
+// have moved although the addresses are the same.
+func (s *session) linkChanged(routes bool) error {
+	s.moves.mu.Lock()
+	defer s.moves.mu.Unlock()
+	if err := s.moved(routes); err != nil {
+		return err
+	}
+	s.control.networkChanged()
+	return nil
+}
+
+// moved tells the agent and the links of relays. A change of the addresses is one
+// for the agent anyway.
+func (s *session) moved(routes bool) error {
+	addrs, err := tun.HostAddrs()
+	if err != nil {
+		err = fmt.Errorf("list local addresses: %w", err)
+	} else {
+		s.mu.Lock()
+		s.local = addrs
+		s.mu.Unlock()
+	}
+	told := err == nil && s.agent.SetLocal(addrs, s.dev.Load().Port())
+	if routes && !told {
+		s.agent.NetworkChanged()
+	}
+	s.links.networkChanged()
+	if err == nil {
+		s.tcp.localChanged(addrs)
+	}
+	s.lan.networkChanged()
+	s.lookAtRouters()
+	return err
+}
+
+// woke is what follows a sleep: nothing that was open needs to be so still, and
+// nobody says so. Sockets and the connection to the server are made anew,
+// sessions too, and all paths are looked for as after a change of the network.
+func (s *session) woke(slept time.Duration) {
+	s.log.Info("woke up", "after", slept.Round(time.Second))
+	s.moves.mu.Lock()
+	defer s.moves.mu.Unlock()
+	dev := s.dev.Load()
+	if err := dev.Rebind(); err != nil {
+		s.log.Warn("sockets not opened again", "err", err)
+	}
+	s.control.reconnect()
+	if err := s.moved(true); err != nil {
+		s.log.Warn("local addresses not read", "err", err)
+	}
+	s.checkMapping()
+	dev.ExpireSessions()
+	s.endpoints.resume()
+}
+
+// remapped is what follows when a router maps us to another address than it did.
+// It may have lost all else it knew of us, so relays are asked at once.
+func (s *session) remapped() {
+	s.log.Info("the router gave this machine another address or port")
+	s.links.networkChanged()
+}
+
+// sinceBoot is the time since the machine started, sleep included.
+func sinceBoot() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0 // which Linux never does; then no sleep is noticed
+	}
+	return time.Duration(t.Nano())
+}
+
+// watchSleep looks at the clock now every second until ctx ends, and calls woke
+// with the time since the last look when that was more than 5 s late. Timers stand
+// still while the machine sleeps, and so they do while a process is stopped.
+func watchSleep(ctx context.Context, now func() time.Duration, woke func(slept time.Duration)) error {
+	tick := time.NewTicker(wakeTick)
+	defer tick.Stop()
+	last := now()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		slept := now() - last
+		if slept > wakeTick+wakeLate {
+			woke(slept)
+		}
+		last = now()
+	}
+}
+
+// resume has handshakes started with all peers that have a path, because all
+// sessions ended.
+func (e *endpoints) resume() {
+	e.mu.Lock()
+	e.resumed = true
+	e.mu.Unlock()
+	e.poke()
+}
+
+// afresh gives all paths when all sessions ended.
+func (e *endpoints) afresh() []punch.Path {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.resumed {
+		return nil
+	}
+	e.resumed = false
+	return slices.Collect(maps.Values(e.current))
+}

@@ -167,7 +167,7 @@ func (s *session) netcheckBase(full bool) Netcheck {
 func (s *session) stunServers() []punch.Server {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Concat(s.serverSTUN, s.relaySTUN)
+	return stunServers(s.serverSTUN, s.relaySTUN)
 }
 
 func ofFamily(list []punch.Server, four bool) []punch.Server {

@@ -77,7 +77,6 @@ func (n *member) netcheck(t *testing.T) overlay.Netcheck {
 // cause is what `overlay why` has to say of a pair that is not direct.
 type cause struct {
 	verdict, step, help string
-	reason              string // what status says, too
 }
 
 func (c cause) must(t *testing.T, n, peer *member) {

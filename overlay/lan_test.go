@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -39,12 +40,18 @@ func (f *fakeLAN) Run(ctx context.Context, receive func([]byte)) error {
 func TestLANAnnouncesOftenThenSeldom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fakeLAN{start: time.Now(), in: make(chan []byte)}
-		say, heard := []byte{1}, ""
+		heard := ""
+		var mute atomic.Bool
 		l := &lan{
-			open:     func() (lanSocket, error) { return f, nil },
-			announce: func() []byte { return say },
-			hear:     func(b []byte) error { heard += string(b); return errors.New("of another mesh") },
-			log:      slog.New(slog.DiscardHandler), changed: make(chan struct{}, 1),
+			open: func() (lanSocket, error) { return f, nil },
+			announce: func() []byte {
+				if mute.Load() {
+					return nil
+				}
+				return []byte{1}
+			},
+			hear: func(b []byte) error { heard += string(b); return errors.New("of another mesh") },
+			log:  slog.New(slog.DiscardHandler), changed: make(chan struct{}, 1),
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
@@ -61,7 +68,7 @@ func TestLANAnnouncesOftenThenSeldom(t *testing.T) {
 			t.Errorf("after a change sent at %v, joined %d times", f.sent, f.joined)
 		}
 		n := len(f.sent)
-		say = nil
+		mute.Store(true)
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if len(f.sent) != n {

@@ -19,7 +19,7 @@ const (
 	gatherRequests = 6
 	// promptRequests is after how many of them an answer is not waited for any more
 	// where the other servers' are enough.
-	promptRequests = 2
+	promptRequests = 3
 	// Mappings are refreshed after 20 to 26 s while there is traffic, else after
 	// 60 to 75 s; a call refreshes those older than staleAfter.
 	activeRefresh = 20 * time.Second

@@ -155,6 +155,10 @@ func TestIPv6(t *testing.T) {
 				}
 				hosts[i] = mustLaptop(t, home, fmt.Sprintf("laptop-%s-%d", kind, i))
 			}
+			// Until routers know their neighbours, a first packet waits or is lost.
+			for _, h := range hosts {
+				_ = h.Command(t.Context(), "ping", "-c", "3", "-i", "0.2", "-W", "1", server.Addr6().String()).Run()
+			}
 			one, two := end6(t, hosts[0]), end6(t, hosts[1])
 			two.send(t, one.mapped)
 			if _, ok, err := receive(one.conn); ok != want.uninvited || err != nil {

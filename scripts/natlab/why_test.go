@@ -101,7 +101,7 @@ func TestWhyNamesTheCause(t *testing.T) {
 	needLab(t)
 	t.Run("udp blocked on one side", func(t *testing.T) {
 		m := newMesh(t)
-		a, b := m.join(t, m.laptopAt(t, "a", UDPBlocked)), m.join(t, m.laptopAt(t, "b", Masquerade))
+		a, b := m.join(t, m.laptopAt(t, "a", Only443)), m.join(t, m.laptopAt(t, "b", Masquerade))
 		cause{verdict: "this network passes no UDP", step: "udp here", help: "let UDP packets out of this network"}.must(t, a, b)
 		cause{verdict: "a's network passes no UDP", step: "udp there", help: "let UDP packets out of a's network"}.must(t, b, a)
 		judged(t, a, "UDP is blocked: everything goes over relays by TLS", "blocked")
@@ -123,7 +123,8 @@ func TestWhyNamesTheCause(t *testing.T) {
 		if err := m.BlockUDP(t.Context(), m.server.Addr()); err != nil {
 			t.Fatal(err)
 		}
-		a, b := m.join(t, m.laptopAt(t, "a", Masquerade)), m.join(t, m.laptopAt(t, "b", Masquerade))
+		// Their routers answer unexpected TCP, or there would be a path over TCP.
+		a, b := m.join(t, m.laptopAt(t, "a", Reset)), m.join(t, m.laptopAt(t, "b", Reset))
 		for _, x := range [][2]*member{{a, b}, {b, a}} {
 			cause{verdict: "the server answers neither this machine nor " + x[1].nodeName + " over UDP", step: "udp here", help: "let UDP ports 443, 3478 and 3479 in on the server's firewall"}.must(t, x[0], x[1])
 		}

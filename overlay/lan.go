@@ -38,7 +38,7 @@ type lanSocket interface {
 // announces this node by multicast, often after a change of the network and
 // seldom later.
 type lan struct {
-	// open opens the socket. It is called when run begins and again when it failed.
+	// open opens the socket; it is called once.
 	open     func() (lanSocket, error)
 	announce func() []byte // nil: nothing to say
 	hear     func(b []byte) error

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -61,8 +62,8 @@ func (s *session) moved(routes bool) error {
 		s.agent.NetworkChanged()
 	}
 	s.links.networkChanged()
-	if err == nil {
-		s.tcp.localChanged(addrs)
+	if all, err := net.InterfaceAddrs(); err == nil { // also those of other VPNs
+		s.tcp.localChanged(all)
 	}
 	s.lan.networkChanged()
 	s.lookAtRouters()

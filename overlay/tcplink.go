@@ -243,12 +243,15 @@ func (t *tcpLinks) ended(k punch.Key, p *tcpPeer, s tcpStream) {
 
 // localChanged ends the connections from addresses that this machine no longer
 // has.
-func (t *tcpLinks) localChanged(own []netip.Prefix) {
+func (t *tcpLinks) localChanged(own []net.Addr) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, p := range t.peers {
 		from := p.stream.local.Addr()
-		has := slices.ContainsFunc(own, func(a netip.Prefix) bool { return a.Addr().Unmap() == from })
+		has := slices.ContainsFunc(own, func(a net.Addr) bool {
+			p, err := netip.ParsePrefix(a.String())
+			return err == nil && p.Addr().Unmap() == from
+		})
 		if p.end != nil && !has {
 			p.end()
 		}

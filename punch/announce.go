@@ -40,7 +40,7 @@ var (
 //	|               | (32)            |         | in signals                   |
 //	+---------------+-----------------+---------+------------------------------+
 //
-// Any member can make one, of anybody, and any can be repeated. All it leads to is
+// Whoever ever had an invite can make one, of anybody, and any can be repeated. All it leads to is
 // checks on addresses that are on-link, within the limits of every check; an
 // address is believed only when it answers one.
 type announcement struct {

@@ -2,6 +2,7 @@ package punch
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"testing"
 	"time"
@@ -114,6 +115,24 @@ func TestAnnouncementsRefused(t *testing.T) {
 			t.Errorf("announced without an address: % x", n)
 		}
 	})
+}
+
+// Whoever has an invite can announce a peer anywhere in the LAN. That must not keep
+// the peer's own candidates out.
+func TestAnnouncementsLeaveRoom(t *testing.T) {
+	a, p := crashAgent(t)
+	a.SetLocal([]netip.Prefix{netip.MustParsePrefix("192.168.1.2/24")}, 41641)
+	n := announcement{key: p.key}
+	for i := range MaxCandidates {
+		n.candidates = append(n.candidates, Candidate{Addr: netip.MustParseAddrPort(fmt.Sprintf("192.168.1.%d:9", 100+i)), Type: Host})
+	}
+	if err := a.HandleAnnouncement(n.seal(a.announcer)); err != nil {
+		t.Fatal(err)
+	}
+	a.SetPeer(Peer{Key: p.key, Online: true, Candidates: []Candidate{{Addr: netip.MustParseAddrPort("203.0.113.9:4000"), Type: ServerReflexive}}})
+	if p.find(netip.MustParseAddrPort("203.0.113.9:4000"), 0) == nil {
+		t.Error("the published candidate has no pair")
+	}
 }
 
 func TestAnnouncementFits(t *testing.T) {

@@ -111,6 +111,10 @@ func (a *Agent) prepare(r *round, now time.Time) {
 		if !ok {
 			return
 		}
+		if len(ports) == 0 { // all are paths
+			a.endRound(now)
+			return
+		}
 		r.sockets = min(r.sockets, len(ports))
 		r.ports = ports
 	}
@@ -149,6 +153,10 @@ func (a *Agent) based(samples []Sample, now time.Time) {
 // prepared tells the peer. Who proposed has the other side's answer, and begins;
 // who was asked begins when it has to come first.
 func (a *Agent) prepared(r *round, now time.Time) {
+	if !r.p.meeting.mine.addr.Addr().Is4() { // the peer left the NAT that this was about
+		a.endRound(now)
+		return
+	}
 	if a.leads(r.p) {
 		a.signal(r.p, signalGo, now)
 		a.run(r, now)

@@ -112,7 +112,7 @@ func (a *Agent) sampled(k *ask, m *stun.Message, from, at netip.AddrPort) {
 		return
 	}
 	mapped, err := mappedOf(m)
-	if err != nil {
+	if err != nil || !mapped.Addr().Is4() {
 		return
 	}
 	k.mapped = mapped

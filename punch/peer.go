@@ -227,7 +227,7 @@ func (a *Agent) addPair(p *peer, addr netip.AddrPort, port uint16) *pair {
 	if count >= MaxCandidates {
 		worst := -1
 		for i, q := range p.pairs {
-			named := q.source&(published|signalled|relay|announced) != 0
+			named := q.source&(published|signalled|relay) != 0 // anybody in the LAN can announce
 			if q == p.selected || q == p.copying.to || named || q.valid && !q.suspect {
 				continue
 			}

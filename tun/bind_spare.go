@@ -119,14 +119,35 @@ func (p *pool) read() bool {
 }
 
 // next is the next message. From a socket that is only tried, which joins no
-// datagrams, it is STUN.
+// datagrams, it is STUN, or WireGuard's: the peer chooses its own path, which may
+// lead here while ours does not.
 func (p *pool) next(a *arrival) bool {
 	for p.intake.next(a) {
-		if p.spare.kept.Load() || frameOf(a.data) == frameSTUN {
+		if p.spare.kept.Load() {
+			return true
+		}
+		switch frameOf(a.data) {
+		case frameWireGuard, frameFragment:
+			p.adopt(a.data)
+			return true
+		case frameSTUN:
 			return true
 		}
 		p.b.drops.foreign.Add(1)
 		a.data = nil
 	}
 	return false
+}
+
+// adopt keeps a socket to which a message of a session came.
+func (p *pool) adopt(b []byte) {
+	index := uint32(0)
+	if f, ok := parseFragment(b); ok {
+		index = f.session
+	} else if b[0] == typeData {
+		index = indexOf(b)
+	}
+	if index != 0 && p.b.peers.byIndex(index) != nil {
+		_ = p.b.keep(p.spare.port) // or it stays as small as it is
+	}
 }

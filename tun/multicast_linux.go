@@ -43,10 +43,12 @@ func OpenMulticast(group4, group6 netip.Addr, port uint16) (*Multicast, error) {
 	conn4, err4 := listenGroup("udp4", m.to4)
 	if err4 == nil {
 		m.v4 = ipv4.NewPacketConn(conn4)
+		err4 = m.v4.SetControlMessage(ipv4.FlagDst, true)
 	}
 	conn6, err6 := listenGroup("udp6", m.to6)
 	if err6 == nil {
 		m.v6 = ipv6.NewPacketConn(conn6)
+		err6 = m.v6.SetControlMessage(ipv6.FlagDst, true)
 	}
 	if err4 != nil && err6 != nil {
 		return nil, fmt.Errorf("open multicast: %w", errors.Join(err4, err6))
@@ -54,7 +56,8 @@ func OpenMulticast(group4, group6 netip.Addr, port uint16) (*Multicast, error) {
 	return m, nil
 }
 
-// listenGroup binds to the group itself, so that nothing else arrives.
+// listenGroup binds to the port of a group. Go binds to all addresses instead of
+// the group's, so what else arrives there is dropped in Run.
 func listenGroup(network string, group *net.UDPAddr) (net.PacketConn, error) {
 	c := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var failed error
@@ -149,7 +152,10 @@ func (m *Multicast) Run(ctx context.Context, receive func(b []byte)) error {
 		defer stop()
 		g.Go(func() error {
 			return readGroup(ctx, receive, func(b []byte) (int, error) {
-				n, _, _, err := m.v4.ReadFrom(b)
+				n, about, _, err := m.v4.ReadFrom(b)
+				if err == nil && (about == nil || !about.Dst.Equal(m.to4.IP)) {
+					n = 0 // came to an address of ours, from wherever
+				}
 				return n, err
 			})
 		})
@@ -159,7 +165,10 @@ func (m *Multicast) Run(ctx context.Context, receive func(b []byte)) error {
 		defer stop()
 		g.Go(func() error {
 			return readGroup(ctx, receive, func(b []byte) (int, error) {
-				n, _, _, err := m.v6.ReadFrom(b)
+				n, about, _, err := m.v6.ReadFrom(b)
+				if err == nil && (about == nil || !about.Dst.Equal(m.to6.IP)) {
+					n = 0
+				}
 				return n, err
 			})
 		})
@@ -177,6 +186,8 @@ func readGroup(ctx context.Context, receive func([]byte), next func([]byte) (int
 		case err != nil:
 			return fmt.Errorf("receive multicast: %w", err)
 		}
-		receive(b[:n])
+		if n > 0 {
+			receive(b[:n])
+		}
 	}
 }

@@ -3,6 +3,7 @@ package tun
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"testing"
 	"time"
@@ -67,5 +68,30 @@ func TestMulticast(t *testing.T) {
 	join()
 	if len(all[0].links) != 0 {
 		t.Errorf("joined on %v", all[0].links)
+	}
+}
+
+// A unicast datagram from anywhere is not of the group.
+func TestUnicastIsNoMulticast(t *testing.T) {
+	const port = 41999
+	m, err := OpenMulticast(netip.MustParseAddr("239.255.111.118"), netip.MustParseAddr("ff12::6f76:6c79"), port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	got := make(chan string, 10)
+	for _, to := range []string{"127.0.0.1:41999", "[::1]:41999"} {
+		c, err := net.Dial("udp", to)
+		if err != nil {
+			t.Log(err)
+			continue
+		}
+		_, _ = c.Write([]byte("unicast " + to))
+	}
+	_ = m.Run(ctx, func(b []byte) { got <- string(b) })
+	close(got)
+	for s := range got {
+		t.Errorf("heard %q", s)
 	}
 }

@@ -27,8 +27,8 @@ func innerMTU(datagram int) int { return (datagram - keepaliveSize) / paddedTo *
 // Unknown peers and paths are ignored.
 func (d *Device) SetPathMTU(k Key, to netip.AddrPort, size int) {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
-	e := d.peers.at(to)
-	if e == nil || e.peer == nil || e.peer.key != k {
+	e := d.peers.pathOf(k, to)
+	if e == nil {
 		return
 	}
 	e.limit.Store(int32(size))

@@ -26,9 +26,10 @@ var errNoSocket = errors.New("no spare socket has this port")
 var errSpares = errors.New("too many spare sockets")
 
 // spare is an IPv4 UDP socket besides the main ones, with a mapping of its own in
-// every NAT on the way. It is tried first: small, and deaf to all but STUN. As
-// the path of a peer it is kept: like a main socket then. It is reopened with
-// those, on its port, and stays the same object. Safe for concurrent use.
+// every NAT on the way. It is tried first: small, and deaf to all but STUN and
+// WireGuard. As the path of a peer it is kept: like a main socket then. It is
+// reopened with those, on its port, and stays the same object. Safe for concurrent
+// use.
 type spare struct {
 	port uint16
 	kept atomic.Bool

@@ -104,7 +104,7 @@ func TestSpareIsTriedFirst(t *testing.T) {
 		}
 	}
 	initiation := wireGuard(typeInitiation, 1, initiationSize)
-	others := [][]byte{initiation, {0x80, 0, 0x10, 0x40, 3, 0, 0, 0, 9}, inFlow(1, stunMessage(40)), {controlByte, 1}, {signalByte, 1}, {0x20}}
+	others := [][]byte{inFlow(1, stunMessage(40)), {controlByte, 1}, {signalByte, 1}, {0x20}}
 	for _, p := range others {
 		send(p)
 	}
@@ -466,4 +466,16 @@ func TestSpareKnowsNoRelay(t *testing.T) {
 	if a.b.peers.sender(relayAddrs[1], nil) == nil || a.b.peers.sender(relayAddrs[1], s) != nil {
 		t.Error("the relay's endpoint is not the main socket's alone")
 	}
+}
+
+// The peer sends through the socket that it chose, we through another one.
+func TestAnotherSpareCarries(t *testing.T) {
+	b := openBind(t, Config{Receive: func([]byte, netip.AddrPort, netip.AddrPort) {}}, peerOf(keyA, true))
+	mine, theirs, c := b.spareOf(t), b.spareOf(t), sender(t)
+	b.over(t, keyA, netip.MustParseAddrPort("127.0.0.1:9"), mine)
+	b.peers.learn(5, b.peers.byKey(keyA))
+	if _, err := c.WriteToUDPAddrPort(wireGuard(typeData, 5, 200), loopbackAt(theirs)); err != nil {
+		t.Fatal(err)
+	}
+	b.next(t)
 }

@@ -182,6 +182,16 @@ func (t *peers) setCopy(k Key, to netip.AddrPort) {
 	}
 }
 
+// pathOf is the path of a peer to an address, as leading gives it.
+func (t *peers) pathOf(k Key, to netip.AddrPort) *endpoint {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if p := t.keys[k]; p != nil {
+		return t.leading(p, to)
+	}
+	return nil
+}
+
 // leading is the path of p to an address, the newest of several over different
 // local ports. It is nil when there is none. Call with mu held.
 func (t *peers) leading(p *peer, to netip.AddrPort) *endpoint {

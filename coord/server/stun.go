@@ -35,9 +35,12 @@ type stunServer struct {
 func (s *stunServer) answer(b []byte, from, at netip.AddrPort) []byte {
 	from = netip.AddrPortFrom(from.Addr().Unmap().WithZone(""), from.Port())
 	out := s.binding(b, from)
+	if out == nil {
+		return nil
+	}
 	change, port := punch.ChangeOf(b), punch.ReplyPort(b)
 	switch {
-	case out == nil || change == punch.Change{} && port == 0:
+	case change == punch.Change{} && port == 0:
 		return out
 	case len(out) > len(b):
 		return nil // what is more than the address is for padded requests

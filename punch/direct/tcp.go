@@ -240,7 +240,11 @@ func (d *dialing) eligible(to netip.AddrPort, theirs offer) bool {
 	if d.Allowed != nil && !d.Allowed(to) {
 		return false
 	}
-	if ip := to.Addr(); !ip.IsPrivate() && !ip.IsLinkLocalUnicast() || slices.Contains(theirs.addrs[:theirs.mapped], to) {
+	private := func(a netip.AddrPort) bool { return a.Addr().IsPrivate() || a.Addr().IsLinkLocalUnicast() }
+	// Who says that a server saw it at a private address is believed where a server
+	// sees us at one, too.
+	inside := slices.Contains(theirs.addrs[:theirs.mapped], to) && slices.ContainsFunc(d.mapped, private)
+	if !private(to) || inside {
 		return true
 	}
 	return slices.ContainsFunc(theirs.addrs[:theirs.mapped], func(a netip.AddrPort) bool {

@@ -6,8 +6,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
-	"os"
-	"runtime/debug"
 	"strings"
 
 	"github.com/okzk/sdnotify"
@@ -64,7 +62,6 @@ func parsePrefix(s string) (netip.Prefix, error) {
 }
 
 func runCoord(cmd *cobra.Command, c server.Config) error {
-	saveMemory()
 	s, err := server.Open(c)
 	if err != nil {
 		return coordError(err)
@@ -91,18 +88,6 @@ func coordError(err error) error {
 		return failure(overlay.Permission, "run it with sudo, or use another --state DIR and ports from 1024", "%v", err)
 	}
 	return err
-}
-
-// serverGC is how much garbage a server's heap may hold, in percent of what lives.
-// What lives are idle connections, some 11 KB each, and forwarding makes no garbage:
-// collecting earlier than Go would costs nothing and saves a third of the memory.
-const serverGC = 25
-
-// saveMemory collects early, unless GOGC says otherwise.
-func saveMemory() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(serverGC)
-	}
 }
 
 // notifyReady tells systemd that the service is there, when it started us.

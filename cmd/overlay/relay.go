@@ -80,7 +80,6 @@ func checkRate(cmd *cobra.Command, flag string, rate int) error {
 }
 
 func runRelay(cmd *cobra.Command, c overlay.RelayConfig, invite string) error {
-	saveMemory()
 	var told error
 	err := overlay.ServeRelay(cmd.Context(), c, invite, func(string) { told = notifyReady() })
 	if told != nil {

@@ -65,6 +65,16 @@ func pingFor(t *testing.T, from, to *member, d time.Duration) {
 	}
 }
 
+// firstReply pings until there is a reply.
+func firstReply(t *testing.T, from, to *member) {
+	t.Helper()
+	ping := startPing(t, from.Host, to.addr, slowPing)
+	defer ping.stop(t)
+	if _, err := ping.firstReply(directWait); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // restartBoth takes both nodes down and up, and returns when, after the
 // return of the later up, the first ping was answered. Every other run their
 // routers forget everything in between.

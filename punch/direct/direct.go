@@ -86,8 +86,8 @@ type Config struct {
 	// Servers are STUN servers. Without one only peers of the same network are
 	// reached, and those that have public addresses.
 	Servers []netip.AddrPort
-	// Send carries a signal to the other program. It must not block for long. An
-	// error means that there is no way now.
+	// Send carries a signal to the other program. It must not block for long: Close
+	// waits for it. An error means that there is no way now.
 	Send func(Signal) error
 	// Signals are what came from other programs. The sender of each is named by
 	// whoever carries it; a wrong name does no harm.

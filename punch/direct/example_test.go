@@ -2,6 +2,7 @@ package direct_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -32,7 +33,7 @@ func ExampleDial() {
 			PrivateKey: direct.SecretKey(secret, name),
 			Address:    netip.MustParseAddrPort("127.0.0.1:0"), // without it: all of this machine's
 			Servers:    []netip.AddrPort{server},
-			Send:       func(s direct.Signal) error { out <- direct.Signal{Body: s.Body}; return nil },
+			Send:       func(s direct.Signal) error { return post(out, s.Body) },
 			Signals:    in,
 		}, theirs)
 	}
@@ -67,8 +68,22 @@ func ExampleDial() {
 	// hello alice
 }
 
-// answer prints what the other program says.
+// post puts a signal into the other program's mailbox, if there is room.
+func post(mailbox chan<- direct.Signal, body []byte) error {
+	select {
+	case mailbox <- direct.Signal{Body: body}:
+		return nil
+	default:
+		return errors.New("the mailbox is full")
+	}
+}
+
+// answer prints what the other program says. Datagrams may be lost, so nobody
+// should wait for one without end.
 func answer(conn net.Conn) error {
+	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		return err
+	}
 	b := make([]byte, 1200)
 	n, err := conn.Read(b)
 	if err == nil {

@@ -335,7 +335,12 @@ func (p *PacketConn) WriteTo(b []byte, to net.Addr) (int, error) {
 		p.agent.Demand(a.Key)
 	}
 	if !addr.IsValid() {
-		return len(b), nil
+		// The agent tells of a path a moment after Connect may have returned.
+		path, ok := p.agent.Path(a.Key)
+		if !ok {
+			return len(b), nil
+		}
+		addr = path.Addr
 	}
 	return p.udp.WriteToUDPAddrPort(b, addr)
 }

@@ -19,6 +19,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// testFor is how long a test waits for what has to come.
+const testFor = 10 * time.Second
+
 func loopback() netip.AddrPort { return netip.MustParseAddrPort("127.0.0.1:0") }
 
 // side is one of several programs whose signals go straight to each other.
@@ -31,6 +34,12 @@ type side struct {
 // sides opens n ports.
 func sides(t *testing.T, n int) []*side {
 	t.Helper()
+	return sidesThat(t, n, deliver)
+}
+
+// sidesThat opens n ports whose signals are carried by a function.
+func sidesThat(t *testing.T, n int, carry func(all []*side, from *side, out Signal) error) []*side {
+	t.Helper()
 	all := make([]*side, n)
 	privates := make([][32]byte, n)
 	for i := range all {
@@ -40,30 +49,42 @@ func sides(t *testing.T, n int) []*side {
 	for i, s := range all {
 		conn, err := Listen(Config{
 			PrivateKey: privates[i], Address: loopback(), Signals: s.signals,
-			Send: func(out Signal) error {
-				for _, other := range all {
-					if other.key == out.Peer {
-						other.signals <- Signal{s.key, out.Body}
-						return nil
-					}
-				}
-				return errors.New("nobody has that key")
-			},
+			Send: func(out Signal) error { return carry(all, s, out) },
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
 		s.PacketConn = conn
 		t.Cleanup(func() { conn.Close() })
+		// A datagram that is lost fails a test; it does not stop it.
+		if err := conn.SetReadDeadline(time.Now().Add(testFor)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return all
+}
+
+// deliver carries a signal to whom it is for, if there is room.
+func deliver(all []*side, from *side, out Signal) error {
+	for _, to := range all {
+		if to.key != out.Peer {
+			continue
+		}
+		select {
+		case to.signals <- Signal{from.key, out.Body}:
+			return nil
+		default:
+			return errors.New("the mailbox is full")
+		}
+	}
+	return errors.New("nobody has that key")
 }
 
 // connect has every two sides know each other.
 func connect(t *testing.T, all []*side) {
 	t.Helper()
 	g, ctx := errgroup.WithContext(t.Context())
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, testFor)
 	defer cancel()
 	for _, a := range all {
 		for _, b := range all {
@@ -95,6 +116,28 @@ func TestThreePeers(t *testing.T) {
 				t.Errorf("read %q of %v (%v), want %q of %v", got[:n], from, err, text, Addr{a.key})
 			}
 		}
+	}
+}
+
+// TestWriteAfterConnect writes when Connect returns, while the agent is still busy
+// with its first signal and so has told of no path.
+func TestWriteAfterConnect(t *testing.T) {
+	busy := make(chan struct{})
+	all := sidesThat(t, 2, func(all []*side, from *side, out Signal) error {
+		err := deliver(all, from, out)
+		if from == all[0] {
+			<-busy
+		}
+		return err
+	})
+	t.Cleanup(func() { close(busy) })
+	connect(t, all)
+	if _, err := all[0].WriteTo([]byte("at once"), Addr{all[1].key}); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 100)
+	if n, _, err := all[1].ReadFrom(b); err != nil || string(b[:n]) != "at once" {
+		t.Errorf("read %q, %v", b[:n], err)
 	}
 }
 
@@ -230,7 +273,7 @@ func TestConcurrent(t *testing.T) {
 func TestLateSide(t *testing.T) {
 	all := sides(t, 2)
 	var g errgroup.Group
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), testFor)
 	defer cancel()
 	g.Go(func() error { return all[0].Connect(ctx, all[1].key) })
 	time.Sleep(100 * time.Millisecond)

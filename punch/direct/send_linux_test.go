@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/net/ipv4"
 )
@@ -15,6 +16,9 @@ func TestOpenerTTL(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer receiver.Close()
+	if err := receiver.SetReadDeadline(time.Now().Add(testFor)); err != nil {
+		t.Fatal(err)
+	}
 	control := ipv4.NewPacketConn(receiver)
 	if err := control.SetControlMessage(ipv4.FlagTTL, true); err != nil {
 		t.Fatal(err)

@@ -47,8 +47,8 @@ func (s *shaking) mac(name string) []byte {
 // is closed without a word.
 func (s *shaking) shake(ctx context.Context, conn net.Conn) {
 	// What reads or writes ends with ctx; a connection that has won lives on.
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	_ = conn.SetDeadline(time.Now().Add(shakeFor))
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	won := s.talk(conn)
 	if !stop() || !won {
 		_ = conn.Close()

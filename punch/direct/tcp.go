@@ -54,7 +54,8 @@ type TCPConfig struct {
 	Mapped func(ctx context.Context, port uint16) (netip.AddrPort, io.Closer, error)
 	// Allowed says which addresses of the peer may be tried; nil: all.
 	Allowed func(netip.AddrPort) bool
-	// Send carries a sealed message to the other side's Signals. It may be lost.
+	// Send carries a sealed message to the other side's Signals. It may be lost, and
+	// Send must not wait for the other side.
 	Send func([]byte) error
 	// Signals are what the other side sent; it is not to be closed.
 	Signals <-chan []byte

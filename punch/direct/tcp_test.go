@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -34,6 +35,9 @@ func stunTCP(t *testing.T) netip.AddrPort {
 			}
 			g.Go(func() error {
 				defer conn.Close()
+				if err := conn.SetDeadline(time.Now().Add(testFor)); err != nil {
+					return err
+				}
 				b := make([]byte, 20)
 				if _, err := io.ReadFull(conn, b); err != nil {
 					return err
@@ -64,10 +68,15 @@ func tcpSides(t *testing.T, carry func(n int) bool) (a, b TCPConfig) {
 		return TCPConfig{
 			Servers: []netip.AddrPort{server}, Signals: in,
 			Send: func(b []byte) error {
-				if carry(int(sent.Add(1))) {
-					out <- b
+				if !carry(int(sent.Add(1))) {
+					return nil
 				}
-				return nil
+				select {
+				case out <- b:
+					return nil
+				default:
+					return errors.New("the mailbox is full")
+				}
 			},
 		}
 	}
@@ -81,7 +90,7 @@ func always(int) bool { return true }
 
 // dialBoth runs both sides.
 func dialBoth(t *testing.T, a, b TCPConfig) (x, y net.Conn, err error) {
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), testFor)
 	defer cancel()
 	var g errgroup.Group
 	g.Go(func() (err error) { x, err = DialTCP(ctx, a); return err })
@@ -90,6 +99,7 @@ func dialBoth(t *testing.T, a, b TCPConfig) (x, y net.Conn, err error) {
 	for _, c := range []net.Conn{x, y} {
 		if c != nil {
 			t.Cleanup(func() { c.Close() })
+			err = errors.Join(err, c.SetDeadline(time.Now().Add(testFor)))
 		}
 	}
 	return x, y, err
@@ -211,6 +221,50 @@ func TestShakeIsSilent(t *testing.T) {
 			t.Errorf("%s: won", name)
 		}
 		y.Close()
+	}
+}
+
+// TestShakeEnds begins when its attempt is over.
+func TestShakeEnds(t *testing.T) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 5000 {
+		synctest.Test(t, func(t *testing.T) {
+			x, y := net.Pipe()
+			defer y.Close()
+			began := time.Now()
+			s := &shaking{proof: []byte("key"), won: make(chan net.Conn, 1)}
+			s.shake(over, x)
+			if took := time.Since(began); took > 0 {
+				t.Fatalf("took %v", took)
+			}
+		})
+	}
+}
+
+// TestShakeWithItself has a socket that opened simultaneously to its own port, as
+// one can where nobody listens: neither side takes itself for the peer.
+func TestShakeWithItself(t *testing.T) {
+	for _, leads := range []bool{false, true} {
+		l, err := listenReused(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := uint16(l.Addr().(*net.TCPAddr).Port)
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		conn, err := DialFrom(t.Context(), port, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &shaking{proof: []byte("key"), leads: leads, won: make(chan net.Conn, 1)}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		s.shake(ctx, conn)
+		cancel()
+		if len(s.won) != 0 {
+			t.Errorf("leads %v: a connection to itself won", leads)
+		}
 	}
 }
 

@@ -69,7 +69,7 @@ type tcpLinks struct {
 	wake chan struct{}
 
 	mu    sync.Mutex
-	ctx   context.Context // of run; nil: it does not run
+	ctx   context.Context // of run; nil: it does not run, or ends
 	group *errgroup.Group
 	peers map[punch.Key]*tcpPeer
 	began time.Time // last attempt that look began
@@ -171,10 +171,10 @@ func (t *tcpLinks) begin(k punch.Key, p *tcpPeer, now time.Time) bool {
 	}
 	p.gap = min(max(2*p.gap, tcpGap), tcpLongest)
 	p.next = now.Add(p.gap)
-	signals := make(chan []byte, tcpSignals)
+	ctx, signals := t.ctx, make(chan []byte, tcpSignals)
 	p.signals = signals
 	t.group.Go(func() error {
-		t.attempt(k, p, signals)
+		t.attempt(ctx, k, p, signals)
 		return nil
 	})
 	return true
@@ -192,12 +192,12 @@ func (t *tcpLinks) busy() int {
 }
 
 // attempt makes a connection and keeps it until it ends.
-func (t *tcpLinks) attempt(k punch.Key, p *tcpPeer, signals chan []byte) {
+func (t *tcpLinks) attempt(ctx context.Context, k punch.Key, p *tcpPeer, signals chan []byte) {
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(t.ctx, tcpPatience)
-	conn, err := t.cfg.dial(ctx, k, signals)
-	cancel()
-	ctx, cancel = context.WithCancel(t.ctx)
+	dialing, stop := context.WithTimeout(ctx, tcpPatience)
+	conn, err := t.cfg.dial(dialing, k, signals)
+	stop()
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	t.mu.Lock()
 	p.signals = nil
@@ -270,6 +270,7 @@ func (t *tcpLinks) run(ctx context.Context) error {
 		for {
 			select {
 			case <-ctx.Done():
+				t.stop()
 				return nil
 			case <-timer.C:
 			case <-t.wake:
@@ -281,6 +282,13 @@ func (t *tcpLinks) run(ctx context.Context) error {
 		}
 	})
 	return g.Wait()
+}
+
+// stop has no attempt begin that nobody would wait for.
+func (t *tcpLinks) stop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ctx = nil
 }
 
 // look begins attempts that are due, and tells when to look again; 0: when

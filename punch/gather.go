@@ -195,6 +195,7 @@ func (a *Agent) mapping(s *server, m *stun.Message, now time.Time) {
 	delete(a.sent, s.id)
 	s.next = time.Time{}
 	if s.fresh && s.mapped.IsValid() && s.mapped != mapped && now.Before(a.activeUntil) {
+		a.confirmed()
 		a.remap(now)
 	}
 	s.fresh, s.at = true, now

@@ -112,6 +112,7 @@ type peer struct {
 	hinted       time.Time // when the peer last said that it has none
 	meeting      meeting   // hard rounds
 	review       review    // of its quality
+	belief       belief    // in what it says of our mapping
 
 	// Traffic.
 	seen        Activity

@@ -110,7 +110,7 @@ func (a *Agent) receiveAnswer(m *stun.Message, from, at netip.AddrPort, now time
 	t.pair.waiting = slices.DeleteFunc(t.pair.waiting, func(id transactionID) bool {
 		return id == m.TransactionID
 	})
-	a.seen(t.pair, m, now)
+	a.seen(t, m, now)
 	a.accept(t, at, now)
 	a.schedule(t.peer, now)
 }

@@ -13,7 +13,23 @@ const (
 	// mappingLife is how long a mapping that is used surely stays: what is seen
 	// later may be a new one because the old one expired.
 	mappingLife = 2 * consentInterval
+	// maxBelief is the longest time between two changes that are acted on because
+	// the same peer told of them.
+	maxBelief = 10 * time.Minute
 )
+
+// belief bounds how often one peer's word about our mapping is acted on: the time
+// between doubles, until a server tells of a change, too.
+type belief struct {
+	gap  time.Duration
+	next time.Time
+}
+
+// spend notes that the peer's word was acted on.
+func (b *belief) spend(now time.Time) {
+	b.gap = min(max(2*b.gap, remapInterval), maxBelief)
+	b.next = now.Add(b.gap)
+}
 
 // Remapped says that a relay sees us at another address than before: a NAT lost
 // its mappings. It is cheap, and does nothing when called again within 5 s.
@@ -29,7 +45,8 @@ func (a *Agent) Remapped() {
 // seen takes from an answer where the peer saw our check come from. Another
 // address than a moment ago means that our NAT lost its mappings. Of relays the
 // peer sees only the handle.
-func (a *Agent) seen(q *pair, m *stun.Message, now time.Time) {
+func (a *Agent) seen(t transaction, m *stun.Message, now time.Time) {
+	q := t.pair
 	mapped, err := mappedOf(m)
 	if err != nil || q.relayed() {
 		return
@@ -39,8 +56,16 @@ func (a *Agent) seen(q *pair, m *stun.Message, now time.Time) {
 	if !old.IsValid() || old == mapped || !at.After(a.changed) || now.Sub(at) > mappingLife {
 		return
 	}
-	if a.remap(now) {
+	if believed := &t.peer.belief; !now.Before(believed.next) && a.remap(now) {
+		believed.spend(now)
 		a.startGather(now)
+	}
+}
+
+// confirmed has every peer believed again: a server, too, saw a mapping change.
+func (a *Agent) confirmed() {
+	for _, p := range a.peers {
+		p.belief = belief{}
 	}
 }
 

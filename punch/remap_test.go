@@ -1,10 +1,13 @@
 package punch
 
 import (
+	"net"
 	"net/netip"
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/pion/stun/v2"
 )
 
 const outerAgain = "203.0.113.77:7777"
@@ -125,6 +128,49 @@ func TestRemapFlood(t *testing.T) {
 		}
 		if asked > 60/5+6 {
 			t.Errorf("%d requests to the server in a minute", asked)
+		}
+	})
+}
+
+// lie has b answer a as if it had seen it at another address.
+func (a *node) lie(b *node) {
+	a.Agent.mu.Lock()
+	defer a.Agent.mu.Unlock()
+	p := a.peers[b.key]
+	m, err := stun.Build(&stun.XORMappedAddress{IP: net.IPv4(203, 0, 113, 99), Port: 9})
+	if err != nil {
+		a.w.t.Fatal(err)
+	}
+	a.seen(transaction{peer: p, pair: p.direct()}, m, time.Now())
+}
+
+// A peer whose answers name two addresses of ours in turn, while servers see but
+// one, is believed ever more seldom; a change that a server sees, too, makes it
+// credible again.
+func TestRemapAlternating(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := connected(w)
+		believed := func(d time.Duration) int {
+			n, last := 0, a.remapped()
+			for end := time.Now().Add(d); time.Now().Before(end); {
+				a.lie(b)
+				a.talk(b, time.Second, false) // silence: a check every 100 ms
+				if at := a.remapped(); at != last {
+					n, last = n+1, at
+				}
+			}
+			return n
+		}
+		if n := believed(10 * time.Minute); n < 2 || n > 8 {
+			t.Errorf("believed %d times in ten minutes", n)
+		}
+		if n := believed(time.Hour); n > 7 {
+			t.Errorf("then %d times in an hour", n)
+		}
+		a.move(outerAgain)
+		a.talk(b, activeRefresh+activeSpread+time.Second, false)
+		if n := believed(time.Minute); n < 3 {
+			t.Errorf("believed %d times in the minute after a change that a server saw", n)
 		}
 	})
 }

@@ -118,18 +118,12 @@ func (a *Agent) hardNext(p *peer, now time.Time) time.Time {
 		return time.Time{}
 	}
 	var next time.Time
-	for _, at := range []time.Time{start.Add(-hardSample), start, p.meeting.next, a.hard.again, a.hard.began.Add(hardPause), p.meeting.again()} {
+	for _, at := range []time.Time{start.Add(-hardSample), start, p.meeting.next, a.hard.again, a.hard.began.Add(hardPause), p.meeting.again(), a.othersFirst(p, now)} {
 		if at.After(now) {
 			next = earliest(next, at)
 		}
 	}
 	return next
-}
-
-// mayMeet reports whether a round with a peer may begin now.
-func (a *Agent) mayMeet(p *peer, now time.Time) bool {
-	free := a.hard.round == nil && (a.hard.began.IsZero() || now.Sub(a.hard.began) >= hardPause)
-	return free && !now.Before(p.meeting.again())
 }
 
 // again is when the next round may begin.
@@ -158,7 +152,7 @@ func (a *Agent) agree(p *peer, now time.Time) {
 	switch {
 	case !ok:
 		a.signal(p, signalAgree, now) // so that the peer knows, too
-	case a.mayMeet(p, now) && a.observed(p, m.theirs.addr):
+	case a.observed(p, m.theirs.addr) && a.mayMeet(p, now):
 		a.begin(p, plan, now)
 	}
 }
@@ -185,7 +179,7 @@ func (a *Agent) hardSignal(p *peer, s *signal, now time.Time) {
 		switch {
 		case !ok: // nothing would help, before one of us moves
 			m.backoff, m.next = maxHardPause, now.Add(maxHardPause)
-		case a.mayMeet(p, now) && a.observed(p, m.theirs.addr):
+		case a.observed(p, m.theirs.addr) && a.mayMeet(p, now):
 			a.begin(p, plan, now)
 		}
 	case s.kind == signalGo && !leads && r != nil && r.p == p && r.stage == waiting && a.observed(p, s.hard.addr):

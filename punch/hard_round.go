@@ -61,6 +61,7 @@ func (p *governor) take(now time.Time) {
 func (a *Agent) begin(p *peer, plan plan, now time.Time) {
 	h := &a.hard
 	h.began, p.meeting.began = now, now
+	p.fair = fairness{had: now}
 	p.meeting.rounds++
 	p.meeting.backoff = 0
 	h.round = &round{plan: plan, p: p, stage: preparing, began: now, next: now, sent: map[transactionID]trial{}}

@@ -123,3 +123,56 @@ func TestHardSeldom(t *testing.T) {
 		})
 	}
 }
+
+// roundsWith counts the rounds of n towards another node's address.
+func (n *node) roundsWith(to *node) int {
+	count, last := 0, time.Time{}
+	for _, x := range n.w.all() {
+		if x.from.Addr() != n.outer.Addr() || x.to.Addr() != to.outer.Addr() || x.to == to.outer || x.to.Port() == 40000 {
+			continue
+		}
+		if x.at.Sub(last) > 10*time.Second {
+			count++
+		}
+		last = x.at
+	}
+	return count
+}
+
+// TestHardFair has one member ask for rounds all the time, and another one now and
+// then: a round that found nothing gives way.
+func TestHardFair(t *testing.T) {
+	for _, order := range [][3]byte{{1, 2, 3}, {3, 2, 1}, {2, 1, 3}, {2, 3, 1}} {
+		inWorld(t, func(w *world) {
+			w.spare = true
+			a, greedy, modest := w.gathered(order[0], outerA), w.gathered(order[1], outerB), w.gathered(order[2], "203.0.113.9:9000")
+			w.setDrop(func(x wire) bool { return x.to != stunAddr() })
+			w.setCarry(func(from, _ *node) error {
+				if from != a {
+					return errLost // they speak for themselves
+				}
+				return nil
+			})
+			say := func(n *node, kinds ...signalKind) {
+				a.Demand(n.key)
+				for _, kind := range kinds {
+					n.say(a, kind, sides(n.outer.Addr().String())["random"])
+				}
+			}
+			meet(a, greedy)
+			meet(a, modest)
+			rest(5 * time.Second)
+			for i := range 3 * 120 { // three minutes
+				say(greedy, signalPropose, signalAgree, signalGo)
+				say(modest, signalAgree, signalGo)
+				if i%30 == 29 {
+					say(modest, signalPropose)
+				}
+				rest(500 * time.Millisecond)
+			}
+			if g, m := a.roundsWith(greedy), a.roundsWith(modest); g == 0 || m == 0 {
+				t.Errorf("%v: %d rounds with the one, %d with the other", order, g, m)
+			}
+		})
+	}
+}

@@ -111,6 +111,7 @@ type peer struct {
 	hint         hint      // that we have no session
 	hinted       time.Time // when the peer last said that it has none
 	meeting      meeting   // hard rounds
+	fair         fairness  // in them, to other peers
 	review       review    // of its quality
 	belief       belief    // in what it says of our mapping
 

@@ -20,6 +20,9 @@ const (
 	// has to come for the machine, or this process, to have slept.
 	wakeTick = time.Second
 	wakeLate = 5 * time.Second
+	// reopenMost is the longest time between two attempts to open the sockets that
+	// could not be opened after a sleep; it doubles from wakeTick.
+	reopenMost = time.Minute
 )
 
 // movement has one change of the machine's place told at a time.
@@ -72,22 +75,37 @@ func (s *session) moved(routes bool) error {
 
 // woke is what follows a sleep: nothing that was open needs to be so still, and
 // nobody says so. Sockets and the connection to the server are made anew,
-// sessions too, and all paths are looked for as after a change of the network.
-func (s *session) woke(slept time.Duration) {
+// sessions too, and all paths are looked for as after a change of the network. The
+// error is that the sockets could not be opened.
+func (s *session) woke(slept time.Duration) error {
 	s.log.Info("woke up", "after", slept.Round(time.Second))
 	s.moves.mu.Lock()
 	defer s.moves.mu.Unlock()
+	s.control.reconnect()
+	return s.reopen()
+}
+
+// reopened tries again what failed in woke.
+func (s *session) reopened() error {
+	s.moves.mu.Lock()
+	defer s.moves.mu.Unlock()
+	return s.reopen()
+}
+
+// reopen makes the sockets anew, and has paths looked for through them.
+func (s *session) reopen() error {
 	dev := s.dev.Load()
-	if err := dev.Rebind(); err != nil {
+	err := dev.Rebind()
+	if err != nil {
 		s.log.Warn("sockets not opened again", "err", err)
 	}
-	s.control.reconnect()
 	if err := s.moved(true); err != nil {
 		s.log.Warn("local addresses not read", "err", err)
 	}
 	s.checkMapping()
 	dev.ExpireSessions()
 	s.endpoints.resume()
+	return err
 }
 
 // remapped is what follows when a router maps us to another address than it did.
@@ -106,24 +124,46 @@ func sinceBoot() time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// watchSleep looks at the clock now every second until ctx ends, and calls woke
-// with the time since the last look when that was more than 5 s late. Timers stand
-// still while the machine sleeps, and so they do while a process is stopped.
-func watchSleep(ctx context.Context, now func() time.Duration, woke func(slept time.Duration)) error {
+// sleepWatch notices that the machine slept, and has things mended then.
+type sleepWatch struct {
+	now func() time.Duration // goes on while the machine sleeps
+	// woke is called after a sleep. When it fails, again is called until it succeeds.
+	woke  func(slept time.Duration) error
+	again func() error
+}
+
+// run looks at the clock every second until ctx ends, and calls woke with the time
+// since the last look when that was more than 5 s late. Timers stand still while
+// the machine sleeps, and so they do while a process is stopped.
+func (w sleepWatch) run(ctx context.Context) error {
 	tick := time.NewTicker(wakeTick)
 	defer tick.Stop()
-	last := now()
+	last := w.now()
+	var wait, due time.Duration // until again is called; 0: it need not be
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		slept := now() - last
-		if slept > wakeTick+wakeLate {
-			woke(slept)
+		now := w.now()
+		slept := now - last
+		last = now
+		var err error
+		switch {
+		case slept > wakeTick+wakeLate:
+			wait, err = 0, w.woke(slept)
+		case wait == 0 || now < due:
+			continue
+		default:
+			err = w.again()
 		}
-		last = now()
+		if err == nil {
+			wait = 0
+			continue
+		}
+		wait = min(max(2*wait, wakeTick), reopenMost)
+		due = now + wait
 	}
 }
 

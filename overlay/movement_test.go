@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -35,10 +36,25 @@ func (s *sleeper) sleep(d time.Duration) {
 	s.slept += d
 }
 
-func (s *sleeper) woke(d time.Duration) {
+func (s *sleeper) woke(d time.Duration) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.woken = append(s.woken, d)
+	return nil
+}
+
+// watch starts to look at the clock, until stop is called.
+func (s *sleeper) watch(t *testing.T, w sleepWatch) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.run(ctx) }()
+	time.Sleep(wakeTick / 2)
+	return func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // take gives how long the sleeps were that were noticed since the last take.
@@ -53,10 +69,7 @@ func (s *sleeper) take() []time.Duration {
 func TestSleepIsNoticed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &sleeper{start: time.Now()}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- watchSleep(ctx, s.now, s.woke) }()
-		time.Sleep(wakeTick / 2)
+		defer s.watch(t, sleepWatch{now: s.now, woke: s.woke})()
 		for _, c := range []struct {
 			slept time.Duration
 			want  []time.Duration
@@ -79,9 +92,46 @@ func TestSleepIsNoticed(t *testing.T) {
 		if got := s.take(); got != nil {
 			t.Errorf("noticed %v while awake", got)
 		}
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
+	})
+}
+
+// Sockets that could not be opened after a sleep are tried again, ever more seldom,
+// until it succeeds; the next sleep begins anew.
+func TestReopenIsRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &sleeper{start: time.Now()}
+		var begin time.Time
+		var tried []int // seconds after waking up
+		fails := 0
+		again := func() error {
+			tried = append(tried, int(time.Since(begin).Round(time.Second).Seconds()))
+			if fails--; fails >= 0 {
+				return errors.New("no sockets")
+			}
+			return nil
+		}
+		woke := func(time.Duration) error {
+			begin, tried = time.Now(), nil
+			return again()
+		}
+		defer s.watch(t, sleepWatch{s.now, woke, again})()
+		for _, c := range []struct {
+			fails int
+			awake time.Duration
+			want  []int
+		}{
+			{0, time.Minute, []int{0}},
+			{3, time.Minute, []int{0, 1, 3, 7}},
+			{100, 5 * time.Minute, []int{0, 1, 3, 7, 15, 31, 63, 123, 183, 243}},
+			{1, time.Minute, []int{0, 1}},
+		} {
+			fails = c.fails
+			s.sleep(time.Minute)
+			time.Sleep(c.awake)
+			synctest.Wait()
+			if !slices.Equal(tried, c.want) {
+				t.Errorf("of which %d fail: tried after %v s, want %v", c.fails, tried, c.want)
+			}
 		}
 	})
 }

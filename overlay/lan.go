@@ -25,6 +25,10 @@ const (
 	// doubles until it is announceEvery.
 	announceGap   = 500 * time.Millisecond
 	announceEvery = 30 * time.Second
+	// lanAgain is how soon a socket is opened again that failed; the time doubles up
+	// to lanMost, until one works for that long.
+	lanAgain = time.Second
+	lanMost  = time.Minute
 )
 
 // lanSocket is what lan needs of a tun.Multicast.
@@ -38,7 +42,7 @@ type lanSocket interface {
 // announces this node by multicast, often after a change of the network and
 // seldom later.
 type lan struct {
-	// open opens the socket; it is called once.
+	// open opens the socket, and again after it failed.
 	open     func() (lanSocket, error)
 	announce func() []byte // nil: nothing to say
 	hear     func(b []byte) error
@@ -69,22 +73,41 @@ func (l *lan) networkChanged() {
 // run announces and listens until ctx ends. Without multicast the node does all
 // else.
 func (l *lan) run(ctx context.Context) error {
+	gap := lanAgain
+	for warned := false; ; gap = min(2*gap, lanMost) {
+		began := time.Now()
+		err := l.serve(ctx)
+		if err == nil || ctx.Err() != nil {
+			return nil
+		}
+		if time.Since(began) >= lanMost {
+			gap, warned = lanAgain, false
+		}
+		if !warned {
+			warned = true
+			l.log.Warn("members in the same LAN are found only through the server", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-l.changed: // a link may have come
+		case <-time.After(gap):
+		}
+	}
+}
+
+// serve announces and listens with one socket, until it fails or ctx ends.
+func (l *lan) serve(ctx context.Context) error {
 	socket, err := l.open()
 	if err != nil {
-		l.log.Warn("members in the same LAN are found only through the server", "err", err)
-		return nil
+		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		err := socket.Run(ctx, func(b []byte) {
+		return socket.Run(ctx, func(b []byte) {
 			if err := l.hear(b); err != nil {
 				l.log.Debug("announcement dropped", "err", err)
 			}
 		})
-		if err != nil {
-			l.log.Warn("members in the same LAN are not found any more", "err", err)
-		}
-		return nil
 	})
 	g.Go(func() error {
 		l.tell(ctx, socket)

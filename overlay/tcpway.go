@@ -35,12 +35,11 @@ func (s *session) newTCPLinks() *tcpLinks {
 // lookingFor tells whether a peer is reached over a relay, and how long something
 // better was looked for.
 func (s *session) lookingFor(k punch.Key) (time.Duration, bool) {
-	path, ok := s.agent.Path(k)
-	at := s.agent.Attempt(k)
-	if !ok || path.Type != punch.Relayed || at.Since.IsZero() || at.Mapped {
+	e, ok := s.agent.Explain(k)
+	if !ok || e.Path.Type != punch.Relayed || e.Attempt.Since.IsZero() || e.Attempt.Mapped {
 		return 0, false
 	}
-	return time.Since(at.Since), true
+	return time.Since(e.Attempt.Since), true
 }
 
 // dialPeer connects to a peer that does the same.

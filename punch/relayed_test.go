@@ -191,8 +191,8 @@ func TestUpgrade(t *testing.T) {
 		if d := a.toldAt(told).Sub(begin); d > 4*oneWay {
 			t.Errorf("direct after %v", d)
 		}
-		if attempt := a.Attempt(b.key); attempt != (Attempt{}) {
-			t.Errorf("attempt %v beside a direct path", attempt)
+		if e, _ := a.Explain(b.key); e.Attempt != (Attempt{}) {
+			t.Errorf("attempt %v beside a direct path", e.Attempt)
 		}
 		w.mu.Lock() // a relay that is much better is no reason
 		w.delay = func(x wire) time.Duration {
@@ -245,7 +245,8 @@ func TestSearchGoesOn(t *testing.T) {
 			t.Errorf("%d calls in ten minutes", n)
 		}
 		a.wantPath(b, b.handle(0))
-		attempt := a.Attempt(b.key)
+		e, _ := a.Explain(b.key)
+		attempt := e.Attempt
 		if attempt.Calls < 8 || attempt.Since.IsZero() || !attempt.Answered || !attempt.Public || !attempt.Mapped {
 			t.Errorf("attempt %+v", attempt)
 		}

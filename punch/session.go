@@ -69,16 +69,7 @@ type Attempt struct {
 	Mapped   bool      // a STUN server answered: we have a reflexive candidate
 }
 
-// Attempt tells why there is no direct path to a peer. Safe for concurrent use.
-func (a *Agent) Attempt(k Key) Attempt {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if p := a.peers[k]; p != nil {
-		return a.attempt(p)
-	}
-	return Attempt{}
-}
-
+// attempt tells why there is no direct path to a peer; zero where there is one.
 func (a *Agent) attempt(p *peer) Attempt {
 	if p.direct() != nil || p.search.Since.IsZero() {
 		return Attempt{}

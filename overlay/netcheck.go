@@ -215,13 +215,9 @@ func behindMore(mapping string, own []netip.Addr, samples []punch.Sample) (doubl
 	if mapping == noNAT {
 		return &no, &no
 	}
-	shared := func(a netip.Addr) bool { return carrierGrade().Contains(a) }
-	if slices.ContainsFunc(own, shared) || slices.ContainsFunc(samples, func(s punch.Sample) bool { return shared(s.Mapped.Addr()) }) {
+	seen := func(s punch.Sample) bool { return punch.CarrierGrade(s.Mapped.Addr()) }
+	if slices.ContainsFunc(own, punch.CarrierGrade) || slices.ContainsFunc(samples, seen) {
 		return nil, &yes
 	}
 	return nil, nil
 }
-
-// carrierGrade is the prefix that carriers use between their NAT and their
-// customers (RFC 6598).
-func carrierGrade() netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64}), 10) }

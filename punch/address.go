@@ -29,14 +29,15 @@ func probeable(addr netip.AddrPort) bool {
 	return true
 }
 
-// private reports whether an address means something only inside one site or
-// one carrier.
-func private(ip netip.Addr) bool {
-	return ip.IsPrivate() || ip.IsLinkLocalUnicast() || carrierGrade(ip)
+// Private reports whether an address means something only inside one site (RFC
+// 1918, RFC 4193, link-local) or one carrier.
+func Private(ip netip.Addr) bool {
+	return ip.IsPrivate() || ip.IsLinkLocalUnicast() || CarrierGrade(ip)
 }
 
-// carrierGrade reports whether ip is in 100.64.0.0/10 (RFC 6598).
-func carrierGrade(ip netip.Addr) bool {
+// CarrierGrade reports whether ip is in 100.64.0.0/10, which carriers use between
+// their NAT and their customers (RFC 6598).
+func CarrierGrade(ip netip.Addr) bool {
 	if !ip.Is4() {
 		return false
 	}
@@ -71,7 +72,7 @@ func (a *Agent) onLink(ip netip.Addr) bool {
 // near reports whether no NAT stands before addr, so that a check can do no harm
 // there and need not wait.
 func (a *Agent) near(addr netip.AddrPort) bool {
-	return private(addr.Addr()) || a.onLink(addr.Addr())
+	return Private(addr.Addr()) || a.onLink(addr.Addr())
 }
 
 // allowed reports whether addr may be probed at all.
@@ -97,7 +98,7 @@ func (a *Agent) eligible(p *peer, q *pair) bool {
 		return false
 	}
 	ip := q.addr.Addr()
-	if q.valid || q.typ.revealed() || !private(ip) || a.onLink(ip) {
+	if q.valid || q.typ.revealed() || !Private(ip) || a.onLink(ip) {
 		return true
 	}
 	return a.samePublic(p)

@@ -94,7 +94,7 @@ func (a *Agent) translated(kind int) bool {
 	hosts := slices.DeleteFunc(slices.Clone(a.own), func(c Candidate) bool {
 		return c.Type != Host || family(c.Addr) != kind
 	})
-	return len(hosts) > 0 && !slices.ContainsFunc(hosts, func(c Candidate) bool { return !private(c.Addr.Addr()) })
+	return len(hosts) > 0 && !slices.ContainsFunc(hosts, func(c Candidate) bool { return !Private(c.Addr.Addr()) })
 }
 
 // call begins a round: openers towards public pairs, checks on near ones, and

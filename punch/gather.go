@@ -263,7 +263,7 @@ func (a *Agent) collect() []Candidate {
 func preference(addr netip.AddrPort) int {
 	ip := addr.Addr()
 	switch {
-	case !private(ip):
+	case !Private(ip):
 		return 0
 	case ip.Is4():
 		return 1

@@ -194,7 +194,7 @@ func (a *Agent) hardSignal(p *peer, s *signal, now time.Time) {
 // observed reports whether others than the peer itself say that it is at an
 // address: a server whom the node shows its proof, or an answer from there.
 func (a *Agent) observed(p *peer, addr netip.AddrPort) bool {
-	if private(addr.Addr()) || !a.allowed(addr) {
+	if Private(addr.Addr()) || !a.allowed(addr) {
 		return false
 	}
 	return slices.ContainsFunc(p.pairs, func(q *pair) bool {

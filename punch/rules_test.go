@@ -47,8 +47,8 @@ func TestPrivate(t *testing.T) {
 		"100.64.0.1": true, "100.127.255.255": true, "100.128.0.1": false, "100.63.0.1": false,
 		"203.0.113.1": false, "2001:db8::1": false,
 	} {
-		if got := private(netip.MustParseAddr(addr)); got != want {
-			t.Errorf("private(%s) = %v", addr, got)
+		if got := Private(netip.MustParseAddr(addr)); got != want {
+			t.Errorf("Private(%s) = %v", addr, got)
 		}
 	}
 }

@@ -78,7 +78,7 @@ func (a *Agent) attempt(p *peer) Attempt {
 	attempt.Mapped = reflexive(a.own)
 	for _, q := range p.pairs {
 		named := q.source&(published|signalled) != 0
-		attempt.Public = attempt.Public || named && !private(q.addr.Addr())
+		attempt.Public = attempt.Public || named && !Private(q.addr.Addr())
 	}
 	return attempt
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"overlay/coord/trust"
+	"overlay/punch"
 )
 
 // publicAddress is the host:port that goes into invites: what the operator
@@ -89,6 +90,5 @@ func onlyReachable(addrs []net.Addr) netip.Addr {
 
 // reachable says whether the Internet routes to a.
 func reachable(a netip.Addr) bool {
-	shared := netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64}), 10) // RFC 6598
-	return a.IsGlobalUnicast() && !a.IsPrivate() && !shared.Contains(a)
+	return a.IsGlobalUnicast() && !punch.Private(a)
 }

@@ -241,7 +241,7 @@ func (d *dialing) eligible(to netip.AddrPort, theirs offer) bool {
 	if d.Allowed != nil && !d.Allowed(to) {
 		return false
 	}
-	private := func(a netip.AddrPort) bool { return a.Addr().IsPrivate() || a.Addr().IsLinkLocalUnicast() }
+	private := func(a netip.AddrPort) bool { return punch.Private(a.Addr()) }
 	// Who says that a server saw it at a private address is believed where a server
 	// sees us at one, too.
 	inside := slices.Contains(theirs.addrs[:theirs.mapped], to) && slices.ContainsFunc(d.mapped, private)

@@ -323,8 +323,10 @@ func FuzzParseOffer(f *testing.F) {
 // A peer cannot have us connect into our own LAN by a claim.
 func TestPrivateClaim(t *testing.T) {
 	d := &dialing{mapped: []netip.AddrPort{netip.MustParseAddrPort("198.51.100.7:999")}}
-	lan := netip.MustParseAddrPort("192.168.1.1:80")
-	if d.eligible(lan, offer{addrs: []netip.AddrPort{lan}, mapped: 1}) {
-		t.Error("connects to our own router because a peer says so")
+	for _, addr := range []string{"192.168.1.1:80", "100.64.0.1:80", "169.254.169.254:80", "[fd00::1]:80"} {
+		lan := netip.MustParseAddrPort(addr)
+		if d.eligible(lan, offer{addrs: []netip.AddrPort{lan}, mapped: 1}) {
+			t.Errorf("connects to %v because a peer says so", lan)
+		}
 	}
 }

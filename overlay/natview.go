@@ -85,22 +85,13 @@ func natStatus(list []punch.Sample, own []netip.Addr) NATStatus {
 
 // describeNAT puts what is known of a NAT into words.
 func describeNAT(n punch.NAT) NATStatus {
-	st := NATStatus{Mapping: behaviorText(n.Mapping), Step: n.Step, Low: n.Low, High: n.High}
+	st := NATStatus{Step: n.Step, Low: n.Low, High: n.High}
+	if n.Mapping != 0 {
+		st.Mapping = n.Mapping.String()
+	}
 	if n.Allocation != 0 {
 		st.Allocation = n.Allocation.String()
 		st.Preserves = &n.Preserves
 	}
 	return st
-}
-
-func behaviorText(b punch.Behavior) string {
-	switch b {
-	case punch.EndpointIndependent:
-		return endpointIndependent
-	case punch.AddressDependent:
-		return addressDependent
-	case punch.AddressAndPortDependent:
-		return addressPortDependent
-	}
-	return ""
 }

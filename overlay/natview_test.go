@@ -116,3 +116,17 @@ func TestPeersNAT(t *testing.T) {
 		}
 	}
 }
+
+// The words of status are those of punch.
+func TestMappingWords(t *testing.T) {
+	for b, want := range map[punch.Behavior]string{
+		0:                             "",
+		punch.EndpointIndependent:     endpointIndependent,
+		punch.AddressDependent:        addressDependent,
+		punch.AddressAndPortDependent: addressPortDependent,
+	} {
+		if got := describeNAT(punch.NAT{Mapping: b}).Mapping; got != want {
+			t.Errorf("%v: %q, want %q", b, got, want)
+		}
+	}
+}

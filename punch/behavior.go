@@ -17,7 +17,7 @@ const (
 	AddressAndPortDependent                     // on its address and port
 )
 
-// String returns the words of RFC 4787.
+// String returns the words of RFC 4787, as one.
 func (b Behavior) String() string {
 	switch b {
 	case EndpointIndependent:
@@ -25,7 +25,7 @@ func (b Behavior) String() string {
 	case AddressDependent:
 		return "address-dependent"
 	case AddressAndPortDependent:
-		return "address and port-dependent"
+		return "address-and-port-dependent"
 	}
 	return "unknown"
 }

@@ -28,7 +28,7 @@ type endpoints struct {
 	mu      sync.Mutex
 	pending map[punch.Key]punch.Path
 	current map[punch.Key]punch.Path
-	copies  map[punch.Key]netip.AddrPort // as the device was told last
+	copies  map[punch.Key]copies // as the device was told last
 	failed  map[punch.Key]unwritten
 	renewed map[punch.Key]bool
 	resumed bool // all sessions ended
@@ -39,6 +39,9 @@ const (
 	firstRewrite = 200 * time.Millisecond
 	lastRewrite  = 5 * time.Second
 )
+
+// copies says where copies go, and from which own socket and address.
+type copies struct{ to, from netip.AddrPort }
 
 // unwritten is a path that the device refused.
 type unwritten struct {
@@ -51,7 +54,7 @@ type unwritten struct {
 type endpointDevice interface {
 	SetEndpoint(k tun.Key, to, from netip.AddrPort) error
 	ClearEndpoint(k tun.Key) error
-	SetCopy(k tun.Key, to netip.AddrPort)
+	SetCopy(k tun.Key, to, from netip.AddrPort)
 	SetRoundTrip(k tun.Key, trip time.Duration)
 	SetPathMTU(k tun.Key, to netip.AddrPort, size int)
 	StartHandshake(k tun.Key)
@@ -61,7 +64,7 @@ func newEndpoints(dev endpointDevice, relay func(netip.AddrPort) string, member 
 	return &endpoints{
 		dev: dev, relay: relay, member: member, log: log, wake: make(chan struct{}, 1),
 		pending: map[punch.Key]punch.Path{}, current: map[punch.Key]punch.Path{}, renewed: map[punch.Key]bool{},
-		copies: map[punch.Key]netip.AddrPort{}, failed: map[punch.Key]unwritten{},
+		copies: map[punch.Key]copies{}, failed: map[punch.Key]unwritten{},
 	}
 }
 
@@ -254,15 +257,15 @@ func (e *endpoints) write(p punch.Path) (moved bool) {
 // is noted apart from the endpoint, which may not be written yet.
 func (e *endpoints) copy(p punch.Path) {
 	e.mu.Lock()
-	told := e.copies[p.Peer]
+	told, now := e.copies[p.Peer], copies{p.Also, p.AlsoLocal}
 	if p.Also.IsValid() {
-		e.copies[p.Peer] = p.Also
+		e.copies[p.Peer] = now
 	} else {
 		delete(e.copies, p.Peer)
 	}
 	e.mu.Unlock()
-	if p.Also != told {
-		e.dev.SetCopy(tun.Key(p.Peer), p.Also)
+	if now != told {
+		e.dev.SetCopy(tun.Key(p.Peer), now.to, now.from)
 	}
 }
 

@@ -68,13 +68,20 @@ func (f *fakeEndpoints) SetEndpoint(_ tun.Key, to, from netip.AddrPort) error {
 }
 
 func (f *fakeEndpoints) ClearEndpoint(tun.Key) error             { f.note("clear"); return f.fails() }
-func (f *fakeEndpoints) SetCopy(_ tun.Key, to netip.AddrPort)    { f.note("copy %s", to) }
 func (f *fakeEndpoints) SetRoundTrip(_ tun.Key, d time.Duration) {}
 func (f *fakeEndpoints) StartHandshake(tun.Key)                  { f.note("handshake") }
 
 func (f *fakeEndpoints) SetPathMTU(_ tun.Key, to netip.AddrPort, size int) {
 	if size > 0 {
 		f.note("size %s %d", to, size)
+	}
+}
+
+func (f *fakeEndpoints) SetCopy(_ tun.Key, to, from netip.AddrPort) {
+	if from.Port() != 0 {
+		f.note("copy %s over %s", to, from)
+	} else {
+		f.note("copy %s", to)
 	}
 }
 
@@ -109,6 +116,11 @@ func TestMovesBetweenRelayAndDirect(t *testing.T) {
 				punch.Path{Addr: relayed, Type: punch.Relayed, Also: direct},
 				[]string{"copy " + direct.String(), "endpoint " + relayed.String(), "handshake"},
 				`reason="the direct path does not answer"`,
+			},
+			{
+				punch.Path{Addr: relayed, Type: punch.Relayed, Also: direct, AlsoLocal: addr("192.168.1.2:7")},
+				[]string{"copy " + direct.String() + " over 192.168.1.2:7", "endpoint " + relayed.String()},
+				"",
 			},
 			{punch.Path{}, []string{"copy invalid AddrPort", "clear"}, `msg="path lost"`},
 		} {

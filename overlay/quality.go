@@ -12,7 +12,7 @@ import (
 // sameWay reports whether a path is the one that was written last, of which only
 // something measured is new.
 func sameWay(old, now punch.Path) bool {
-	return now.Addr.IsValid() && old.Addr == now.Addr && old.Local == now.Local && old.Also == now.Also && old.MTU != now.MTU
+	return now.Addr.IsValid() && old.Addr == now.Addr && old.Local == now.Local && old.Also == now.Also && old.AlsoLocal == now.AlsoLocal && old.MTU != now.MTU
 }
 
 // resize hands on how large the datagrams of a path may be.

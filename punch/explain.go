@@ -152,7 +152,7 @@ func (p *peer) noteHistory(now time.Time) {
 	before := Path{}
 	if p.selected != nil {
 		before = p.path()
-		before.Also = netip.AddrPort{}
+		before.Also, before.AlsoLocal = netip.AddrPort{}, netip.AddrPort{}
 	}
 	p.history = history{since: now, before: before}
 }

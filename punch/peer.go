@@ -162,7 +162,7 @@ func (p *peer) path() Path {
 	path := Path{Peer: p.key, Addr: q.addr, Local: q.local, Type: q.typ, RTT: q.rtt}
 	path.Loss, path.MTU = q.quality.loss(), q.reach.size
 	if p.copying.to != nil {
-		path.Also = p.copying.to.addr
+		path.Also, path.AlsoLocal = p.copying.to.addr, p.copying.to.local
 	}
 	if left := p.avoided(); left != nil {
 		path.Left = left.quality.left

@@ -62,16 +62,17 @@ type Peer struct {
 // Addr means that there is no path. Packets leave from Local, at which the answer
 // arrived: its port is 0 for the node's UDP port, or names one of
 // Config.OpenSockets; a zero address leaves the choice to the system. While one way replaces
-// another or is in doubt, all packets also go to Also; the zero Also means that
-// they do not.
+// another or is in doubt, all packets also go to Also, from AlsoLocal; the zero Also
+// means that they do not.
 type Path struct {
-	Peer  Key
-	Addr  netip.AddrPort
-	Local netip.AddrPort
-	Also  netip.AddrPort
-	Type  CandidateType // of the remote candidate
-	RTT   time.Duration // smoothed; an estimate before the first answer over a relay
-	Loss  float64       // share of packets lost each way, as far as checks tell
+	Peer      Key
+	Addr      netip.AddrPort
+	Local     netip.AddrPort
+	Also      netip.AddrPort
+	AlsoLocal netip.AddrPort
+	Type      CandidateType // of the remote candidate
+	RTT       time.Duration // smoothed; an estimate before the first answer over a relay
+	Loss      float64       // share of packets lost each way, as far as checks tell
 	// MTU is the size of the largest datagram that the path carries, in bytes of UDP
 	// payload, over a relay without the relay's header; 0: not known.
 	MTU int

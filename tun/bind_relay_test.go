@@ -230,7 +230,7 @@ func TestCopies(t *testing.T) {
 	}{{direct, nil, 1}, {direct, toB, 2}, {toB, direct, 2}, {toB, toB, 1}, {toB, nil, 1}} {
 		p.also.Store(nil)
 		if c.also != nil {
-			a.peers.setCopy(keyB, c.also.to)
+			a.peers.setCopy(keyB, c.also.to, 0)
 		}
 		a.out.take(&p.out, 3, 3*len(m))
 		if err := a.Send([][]byte{dataMessage(3, 1, 5000)}, c.to); err != nil {
@@ -251,18 +251,18 @@ func TestCopies(t *testing.T) {
 		b.inbound.settle(&b.peers.byKey(keyA).in, 2)
 	}
 	a.peers.setLink(1, Link{})
-	a.peers.setCopy(keyB, direct.to)
+	a.peers.setCopy(keyB, direct.to, 0)
 	if err := a.Send([][]byte{m[:64]}, toB); err != nil || a.drops.handled.Load() != 0 {
 		t.Fatalf("only a copy gets through: %v", err)
 	}
 	b.next(t)
-	a.peers.setCopy(keyB, netip.AddrPort{})
+	a.peers.setCopy(keyB, netip.AddrPort{}, 0)
 	if err := a.Send([][]byte{m[:64]}, toB); err != nil || a.drops.handled.Load() != 1 {
 		t.Fatalf("a link that is down: %v, %d dropped", err, a.drops.handled.Load())
 	}
 	b.nothing(t)
 	a.peers.setLink(1, Link{Addr: netip.MustParseAddrPort("198.51.100.1:1")})
-	a.peers.setCopy(keyB, toB.to)
+	a.peers.setCopy(keyB, toB.to, 0)
 	dropping, _ := a.ParseEndpoint(a.handle(keyB, handleA).String())
 	if err := a.Send([][]byte{m[:64]}, dropping); err != nil {
 		t.Fatal(err)
@@ -423,9 +423,9 @@ func TestRelayAllocatesNothing(t *testing.T) {
 			}
 			// The race detector's pools forget; once for each time a train is sent.
 			for _, copies := range []int{0, 1} {
-				x.b.peers.setCopy(keyB, netip.AddrPort{})
+				x.b.peers.setCopy(keyB, netip.AddrPort{}, 0)
 				if copies == 1 {
-					x.b.peers.setCopy(keyB, (&opened{bind: y.b}).at(false))
+					x.b.peers.setCopy(keyB, (&opened{bind: y.b}).at(false), 0)
 				}
 				x.out = out
 				if n := testing.AllocsPerRun(200, func() { x.send(t); y.receive(t, (1+copies)*len(out)) }); n >= float64(1+copies) {

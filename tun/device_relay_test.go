@@ -83,13 +83,13 @@ func TestThroughRelay(t *testing.T) {
 	direct := at("10.9.0.2", b.Port())
 	onceEach("relayed")
 	check(t, a.SetEndpoint(k, direct, netip.AddrPort{}))
-	a.SetCopy(k, handle)
+	a.SetCopy(k, handle, netip.AddrPort{})
 	if every := a.keepalive(t, k); every != b.self.Keepalive {
 		t.Errorf("a keepalive of %v on the direct path", every)
 	}
 	onceEach("directly, with copies by the relay")
 	check(t, a.SetEndpoint(k, handle, netip.AddrPort{}))
-	a.SetCopy(k, direct)
+	a.SetCopy(k, direct, netip.AddrPort{})
 	onceEach("relayed, with direct copies")
 	a.SetLink(1, Link{})
 	onceEach("with copies only")

@@ -161,7 +161,8 @@ func TestSendFromSpare(t *testing.T) {
 }
 
 // Paths to one address over different local ports are different endpoints; the
-// one named last is what wireguard-go gets by the address, and what copies go to.
+// one named last is what wireguard-go gets by the address. Copies go over the port
+// that is asked for.
 func TestPathsToOneAddress(t *testing.T) {
 	a, b := openBind(t, Config{}, peerOf(keyB, true)), openBind(t, Config{}, peerOf(keyA, true))
 	first, second := b.spareOf(t), b.spareOf(t)
@@ -171,12 +172,14 @@ func TestPathsToOneAddress(t *testing.T) {
 		if again := b.over(t, keyA, a.at(false), port); again != ends[port] {
 			t.Errorf("port %d: another endpoint for the same path", port)
 		}
-		b.peers.setCopy(keyA, a.at(false))
-		if also := b.peers.byKey(keyA).also.Load(); also != ends[port] {
+	}
+	for port, e := range ends {
+		b.peers.setCopy(keyA, a.at(false), port)
+		if also := b.peers.byKey(keyA).also.Load(); also != e {
 			t.Errorf("port %d: copies go to another endpoint", port)
 		}
 	}
-	b.peers.setCopy(keyA, netip.AddrPort{})
+	b.peers.setCopy(keyA, netip.AddrPort{}, 0)
 	hello := wireGuard(typeData, 1, 64)
 	for port, e := range ends {
 		at := port
@@ -202,7 +205,7 @@ func TestPathsToOneAddress(t *testing.T) {
 func TestCopiesThroughSpare(t *testing.T) {
 	a, b, toB, _ := sparePair(t, Config{})
 	direct := a.path(t, keyB, b.at(false))
-	a.peers.setCopy(keyB, toB.to)
+	a.peers.setCopy(keyB, toB.to, toB.spare.local())
 	m := [][]byte{dataMessage(3, 1, 9000)}
 	if err := a.Send(m, direct); err != nil {
 		t.Fatal(err)

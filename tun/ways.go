@@ -172,14 +172,22 @@ func (t *peers) follow(k Key, handle netip.AddrPort) bool {
 	return true
 }
 
-// setCopy makes all messages to k go to an address, too. What is not a path of k
-// means nowhere.
-func (t *peers) setCopy(k Key, to netip.AddrPort) {
+// setCopy makes all messages to k go to an address, too, over the spare socket of a
+// port, or a main one where that is 0. What is not a path of k means nowhere.
+func (t *peers) setCopy(k Key, to netip.AddrPort, port uint16) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	if p := t.keys[k]; p != nil {
-		p.also.Store(t.leading(p, to))
+	p := t.keys[k]
+	if p == nil {
+		return
 	}
+	for _, e := range p.endpoints {
+		if e.to == to && e.spare.local() == port && !e.drop && t.table(e.spare)[to] == e {
+			p.also.Store(e)
+			return
+		}
+	}
+	p.also.Store(p.way(to))
 }
 
 // pathOf is the path of a peer to an address, as leading gives it.
@@ -200,8 +208,13 @@ func (t *peers) leading(p *peer, to netip.AddrPort) *endpoint {
 			return e
 		}
 	}
+	return p.way(to)
+}
+
+// way is that of a handle, nil when there is none. Call with peers.mu held.
+func (p *peer) way(handle netip.AddrPort) *endpoint {
 	for _, e := range p.ways {
-		if e.to == to {
+		if e.to == handle {
 			return e
 		}
 	}
@@ -260,11 +273,11 @@ func (d *Device) SetWays(k Key, list []Way) []netip.AddrPort {
 }
 
 // SetCopy makes all messages to a peer go to an address, too: a path it has or
-// had, over the local port of SetEndpoint, the last one of several; or a handle of
-// SetWays. The zero value, and what is none of these, ends it. The receiver drops
-// what comes twice.
-func (d *Device) SetCopy(k Key, to netip.AddrPort) {
-	d.peers.setCopy(k, netip.AddrPortFrom(to.Addr().Unmap(), to.Port()))
+// had, with the port of from, as given to SetEndpoint; or a handle of SetWays. The
+// zero value, and what is none of these, ends it. The receiver drops what comes
+// twice.
+func (d *Device) SetCopy(k Key, to, from netip.AddrPort) {
+	d.peers.setCopy(k, netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), from.Port())
 }
 
 // Deliver takes flow frames that came from the relay of a link over its own

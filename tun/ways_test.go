@@ -221,7 +221,7 @@ func TestSetWays(t *testing.T) {
 	for id := range uint16(maxWays) {
 		list = append(list, Way{10 + id, wayHeader(1)})
 	}
-	a.b.peers.setCopy(keyA, ways[0].to)
+	a.b.peers.setCopy(keyA, ways[0].to, 0)
 	again := a.b.peers.setWays(keyA, list)
 	for i, e := range again {
 		if bad := i >= 1 && i <= 4 || i == len(list)-1; bad != (e == nil) {
@@ -291,12 +291,12 @@ func TestSetCopy(t *testing.T) {
 		(netip.AddrPort{}):  nil,
 		relayAddrs[1]:       nil,
 	} {
-		a.b.peers.setCopy(keyA, ways[1].to)
-		if a.b.peers.setCopy(keyA, to); p.also.Load() != want {
+		a.b.peers.setCopy(keyA, ways[1].to, 0)
+		if a.b.peers.setCopy(keyA, to, 0); p.also.Load() != want {
 			t.Errorf("copies to %v: %v", to, p.also.Load())
 		}
 	}
-	a.b.peers.setCopy(Key{9}, ways[0].to)
+	a.b.peers.setCopy(Key{9}, ways[0].to, 0)
 }
 
 // Handles never become those of a way.

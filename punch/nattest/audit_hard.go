@@ -114,6 +114,11 @@ func (n *Node) closeSockets(ports []uint16) {
 	n.spare = slices.DeleteFunc(n.spare, func(port uint16) bool { return slices.Contains(ports, port) })
 }
 
+// has reports whether the socket of that port is open.
+func (n *Node) has(local netip.AddrPort) bool {
+	return local.Port() == 0 || slices.Contains(n.spareSockets(), local.Port())
+}
+
 // portOf returns the port of a socket as the agent names it.
 func (n *Node) portOf(local netip.AddrPort) uint16 {
 	if local.Port() != 0 {

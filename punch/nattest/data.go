@@ -3,7 +3,6 @@ package nattest
 import (
 	"bytes"
 	"encoding/binary"
-	"maps"
 	"net/netip"
 	"sync/atomic"
 	"time"
@@ -26,7 +25,6 @@ const (
 type traffic struct {
 	path     punch.Path
 	sources  map[netip.AddrPort]netip.Addr // the own addresses when the path was chosen
-	sockets  map[netip.AddrPort]uint16     // the own ports of paths; 0: the main one
 	moves    []Move
 	sent     []time.Time
 	arrivals []time.Time
@@ -63,7 +61,7 @@ func (n *Node) send(to *Node) {
 	b = binary.BigEndian.AppendUint64(b, uint64(len(t.sent)))
 	wake := !t.path.Addr.IsValid() || len(t.sent) == 0 || time.Since(t.sent[len(t.sent)-1]) > idle
 	t.sent = append(t.sent, time.Now())
-	path, sources, sockets, agent := t.path, t.sources, maps.Clone(t.sockets), n.agent
+	path, sources, agent := t.path, t.sources, n.agent
 	w.mu.Unlock()
 	if agent == nil {
 		return
@@ -71,20 +69,20 @@ func (n *Node) send(to *Node) {
 	if wake {
 		agent.Demand(to.key)
 	}
-	for _, addr := range []netip.AddrPort{path.Addr, path.Also} {
-		if addr.IsValid() {
-			n.sendData(b, addr, netip.AddrPortFrom(sources[addr], sockets[addr]))
+	for _, way := range [][2]netip.AddrPort{{path.Addr, path.Local}, {path.Also, path.AlsoLocal}} {
+		if to, local := way[0], way[1]; to.IsValid() {
+			n.sendData(b, to, netip.AddrPortFrom(sources[to], local.Port()))
 		}
 	}
 }
 
 // sendData sends one packet, which may be lost. The source of a path is pinned,
 // as the real data plane pins it by IP_PKTINFO: where the host has lost the
-// address, nothing leaves.
+// address, nothing leaves, nor does it from a socket that is closed.
 func (n *Node) sendData(b []byte, to, source netip.AddrPort) {
 	if relay, peer, ok := n.world.relayTo(to); ok {
 		_ = relay.forward(n, peer, b)
-	} else if source.Addr() == n.host.sourceTo(to.Addr()) {
+	} else if source.Addr() == n.host.sourceTo(to.Addr()) && n.has(source) {
 		_ = n.host.Send(b, n.portOf(source), to, 0)
 	}
 }
@@ -93,7 +91,7 @@ func (n *Node) sendData(b []byte, to, source netip.AddrPort) {
 func (n *Node) with(peer punch.Key) *traffic {
 	t := n.peers[peer]
 	if t == nil {
-		t = &traffic{got: map[uint64]bool{}, sockets: map[netip.AddrPort]uint16{}}
+		t = &traffic{got: map[uint64]bool{}}
 		n.peers[peer] = t
 	}
 	return t
@@ -130,7 +128,6 @@ func (n *Node) onPath(p punch.Path) {
 	t := n.with(p.Peer)
 	old := t.path
 	t.path = p
-	t.sockets[p.Addr] = p.Local.Port()
 	sources := map[netip.AddrPort]netip.Addr{p.Addr: n.host.sourceTo(p.Addr.Addr())}
 	if source, ok := t.sources[p.Also]; ok {
 		sources[p.Also] = source

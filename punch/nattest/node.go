@@ -219,6 +219,10 @@ func (n *Node) sendPacket(b []byte, to, from netip.AddrPort, ttl int) error {
 		n.audit.relayed(b, to, ttl)
 		return relay.forward(n, peer, b)
 	}
+	if !n.has(from) {
+		n.audit.report("a packet leaves from a socket that is closed")
+		return ErrUnreachable
+	}
 	named, observed := n.world.knows(to)
 	n.audit.sent(b, to, sending{ttl: ttl, port: from.Port(), named: named, observed: observed})
 	return n.host.Send(b, n.portOf(from), to, ttl)

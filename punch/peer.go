@@ -32,6 +32,7 @@ type pair struct {
 	attempt int       // checks of this round that left
 	next    time.Time // next check of this round; zero: none
 	held    bool      // next waits for the peer's NAT
+	clear   time.Time // until then the peer's NAT is open for it, as it said itself
 	asked   bool      // the peer called: all checks of the round are wanted
 	sent    time.Time // last packet since the network changed
 	waiting []transactionID
@@ -111,6 +112,7 @@ type peer struct {
 	hint         hint      // that we have no session
 	hinted       time.Time // when the peer last said that it has none
 	meeting      meeting   // hard rounds
+	fresh        outing    // of fresh sockets
 	review       review    // of its quality
 
 	// Traffic.

@@ -43,7 +43,7 @@ func family(addr netip.AddrPort) int {
 // needs. Verified pairs are exempt, unless the network changed and nothing flows
 // there anyway.
 func (a *Agent) held(p *peer, q *pair, now time.Time) bool {
-	if !now.Before(p.holdUntil) || a.reachesAll(q) {
+	if !now.Before(p.holdUntil) || now.Before(q.clear) || a.reachesAll(q) {
 		return false
 	}
 	stranger := q.suspect && p.uncertain && (p.moved || !p.active(now))
@@ -220,6 +220,9 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		candidates: a.own,
 		hard:       p.meeting.mine,
 		message:    p.message,
+	}
+	if kind.fresh() {
+		s.hard = side{nat: NAT{Mapping: EndpointIndependent}, addr: a.hard.fresh.mapped}
 	}
 	for _, q := range p.pairs {
 		if !a.near(q.addr) && !q.relayed() && !q.sent.IsZero() && now.Sub(q.sent) < openFor {

@@ -40,6 +40,7 @@ type hard struct {
 	churn float64
 	again time.Time // not sampled before
 
+	fresh fresh
 	round *round
 	began time.Time // last round; zero: none
 }
@@ -263,11 +264,22 @@ func (a *Agent) found(p *peer, addr netip.AddrPort, port uint16) CandidateType {
 func (a *Agent) leaveHard(now time.Time) {
 	h := &a.hard
 	h.job, h.nat, h.churn, h.again, h.round = job{}, NAT{}, 0, time.Time{}, nil
+	h.fresh = fresh{}
 	if len(h.open) > 0 {
 		h.sweepAt = now
 	}
 	for _, p := range a.peers {
 		p.meeting = meeting{walked: p.meeting.walked, kind: p.meeting.kind}
+		p.fresh = outing{}
+	}
+}
+
+// wakeHard has those peers looked at that wait for what is known of our NAT.
+func (a *Agent) wakeHard(now time.Time) {
+	for _, p := range a.peers {
+		if !p.meeting.asked.IsZero() || !p.fresh.asked.IsZero() || !p.search.Since.IsZero() {
+			a.queue.set(p, now)
+		}
 	}
 }
 

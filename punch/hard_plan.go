@@ -153,6 +153,13 @@ func (n NAT) kind() CandidateType {
 func (n NAT) width() int { return int(n.High) - int(n.Low) + 1 }
 func (n NAT) half() int  { return n.width() / 2 }
 
+// core is the part of a block that was surely seen, without the estimated ends:
+// from its first port on, how many.
+func (n NAT) core() (first uint16, ports int) {
+	end := n.width() / (leastBlock + 1)
+	return n.Low + uint16(end), n.width() - 2*end
+}
+
 // share is of how many ports both sides have to choose so many that they miss
 // each other once in e^9 times.
 func (n NAT) share() int {
@@ -218,8 +225,9 @@ func meetPlan(mine, theirs side) plan {
 	case Sequential:
 		p.targets = []netip.AddrPort{theirs.ahead(theirs.offset())}
 	default:
-		for _, i := range rand.Perm(theirs.nat.width())[:2] {
-			p.targets = append(p.targets, netip.AddrPortFrom(theirs.addr.Addr(), theirs.nat.Low+uint16(i)))
+		first, ports := theirs.nat.core()
+		for _, i := range rand.Perm(ports)[:2] {
+			p.targets = append(p.targets, netip.AddrPortFrom(theirs.addr.Addr(), first+uint16(i)))
 		}
 	}
 	switch mine.nat.Allocation {

@@ -1,8 +1,10 @@
 package punch
 
 import (
+	"math/rand/v2"
 	"net/netip"
 	"testing"
+	"time"
 )
 
 // sides are of all kinds, at different addresses.
@@ -138,5 +140,38 @@ func TestSideRoundTrip(t *testing.T) {
 		if _, err := parseSide(s.append(nil)); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
+	}
+}
+
+// TestMeetInside wants two sides with blocks to aim at ports that are surely in the
+// other's block, although its ends are only estimated.
+func TestMeetInside(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	outside, targets := 0, 0
+	for range 500 {
+		const low, size = 30000, 1024
+		var samples []Sample
+		for i := range samplesWanted {
+			mapped := netip.AddrPortFrom(netip.MustParseAddr("203.0.113.2"), uint16(low+rng.IntN(size)))
+			samples = append(samples, Sample{Local: uint16(i), Server: stunAddr(), Mapped: mapped, At: time.Unix(int64(i), 0)})
+		}
+		theirs := side{nat: Classify(samples), addr: samples[0].Mapped}
+		theirs.nat.Mapping = AddressAndPortDependent
+		if theirs.nat.Allocation != Block {
+			continue
+		}
+		p, ok := planFor(sides("203.0.113.1")["block"], theirs, 0)
+		if !ok {
+			t.Fatalf("no plan for %+v", theirs)
+		}
+		for _, to := range p.targets {
+			targets++
+			if to.Port() < low || to.Port() >= low+size {
+				outside++
+			}
+		}
+	}
+	if targets < 900 || outside > 0 {
+		t.Errorf("%d of %d targets are outside of the block", outside, targets)
 	}
 }

@@ -28,6 +28,7 @@ const (
 type job struct {
 	asks  []*ask
 	base  bool // for the port that a sequential NAT gives out now
+	fresh bool // for the mapping of a fresh socket: one answer is enough
 	began time.Time
 	next  time.Time // zero: there is none
 }
@@ -116,10 +117,19 @@ func (a *Agent) sampled(k *ask, m *stun.Message, from, at netip.AddrPort) {
 		return
 	}
 	k.mapped = mapped
-	if !slices.ContainsFunc(a.hard.job.asks, func(k *ask) bool { return !k.mapped.IsValid() }) {
-		a.hard.job.next = k.first // all have answered: now
+	if j := &a.hard.job; j.enough() {
+		j.next = k.first // now
 		a.notify()
 	}
+}
+
+// enough reports whether no further answer is awaited.
+func (j *job) enough() bool {
+	answered := func(k *ask) bool { return k.mapped.IsValid() }
+	if j.fresh {
+		return slices.ContainsFunc(j.asks, answered)
+	}
+	return !slices.ContainsFunc(j.asks, func(k *ask) bool { return !answered(k) })
 }
 
 // runJob sends the requests that are due, and ends the job.
@@ -129,16 +139,19 @@ func (a *Agent) runJob(now time.Time) {
 		return
 	}
 	limit := jobTime
-	if j.base {
+	if j.base || j.fresh {
 		limit = baseTime
 	}
 	end := j.began.Add(limit)
-	next, open := end, false
+	if j.enough() || !now.Before(end) {
+		a.endJob(now)
+		return
+	}
+	next := end
 	for _, k := range j.asks {
 		if k.mapped.IsValid() {
 			continue
 		}
-		open = true
 		if !now.Before(k.next) && k.tries < sampleTries {
 			a.ask(k, now)
 		}
@@ -146,11 +159,7 @@ func (a *Agent) runJob(now time.Time) {
 			next = earliest(next, k.next)
 		}
 	}
-	if open && now.Before(end) {
-		j.next = next
-		return
-	}
-	a.endJob(now)
+	j.next = next
 }
 
 func (a *Agent) ask(k *ask, now time.Time) {
@@ -182,6 +191,10 @@ func (a *Agent) endJob(now time.Time) {
 		a.based(samples, now)
 		return
 	}
+	if done.fresh {
+		a.freshSampled(samples, now)
+		return
+	}
 	n := Classify(samples)
 	a.log.Debug("nat sampled", "samples", len(samples), "mapping", n.Mapping, "allocation", n.Allocation, "step", n.Step, "low", n.Low, "high", n.High)
 	if len(samples) < leastBlock {
@@ -189,11 +202,7 @@ func (a *Agent) endJob(now time.Time) {
 		return
 	}
 	h.nat, h.churn = n, churn(samples, n)
-	for _, p := range a.peers {
-		if !p.meeting.asked.IsZero() || !p.search.Since.IsZero() {
-			a.queue.set(p, now)
-		}
-	}
+	a.wakeHard(now)
 }
 
 // sockets returns so many spare sockets, which no path uses. When there are not
@@ -231,11 +240,7 @@ func (a *Agent) openSockets(count int) {
 	}
 	h.open = append(h.open, ports...)
 	h.sweepAt = now.Add(sweepGap)
-	for _, p := range a.peers {
-		if !p.meeting.asked.IsZero() || !p.search.Since.IsZero() {
-			a.queue.set(p, now)
-		}
-	}
+	a.wakeHard(now)
 	if r := h.round; r != nil && r.stage == preparing {
 		r.next = now
 	}
@@ -246,6 +251,9 @@ func (a *Agent) openSockets(count int) {
 // heard there.
 func (a *Agent) socketsInUse(now time.Time) map[uint16]bool {
 	used := map[uint16]bool{}
+	if f := a.hard.fresh; f.port != 0 && now.Sub(f.since) < freshFor {
+		used[f.port] = true
+	}
 	for _, p := range a.peers {
 		for _, q := range p.pairs {
 			alive := q.valid || q == p.selected || q == p.copying.to || now.Sub(q.heard) < remember

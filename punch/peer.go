@@ -32,6 +32,7 @@ type pair struct {
 	attempt int       // checks of this round that left
 	next    time.Time // next check of this round; zero: none
 	held    bool      // next waits for the peer's NAT
+	clear   time.Time // until then the peer's NAT is open for it, as it said itself
 	asked   bool      // the peer called: all checks of the round are wanted
 	sent    time.Time // last packet since the network changed
 	waiting []transactionID
@@ -112,6 +113,7 @@ type peer struct {
 	hinted       time.Time // when the peer last said that it has none
 	meeting      meeting   // hard rounds
 	fair         fairness  // in them, to other peers
+	fresh        outing    // of fresh sockets
 	review       review    // of its quality
 	belief       belief    // in what it says of our mapping
 

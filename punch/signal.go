@@ -32,9 +32,17 @@ const (
 	signalAgree
 	signalGo
 
+	// signalFresh tells of a fresh socket; signalMeet is the answer: ours, which is
+	// open for it.
+	signalFresh signalKind = 10
+	signalMeet  signalKind = 11
+
 	// signalMessage carries a message of the programs above; see SendMessage.
 	signalMessage signalKind = 20
 )
+
+// fresh reports whether signals of the kind are about fresh sockets.
+func (k signalKind) fresh() bool { return k == signalFresh || k == signalMeet }
 
 // hard reports whether signals of the kind describe the sender's NAT.
 func (k signalKind) hard() bool { return k >= signalPropose && k <= signalGo }
@@ -66,7 +74,8 @@ var (
 //
 // A candidate is one byte (family 4 or 6 in the high half, type in the low
 // half), 4 or 16 bytes of address, 2 bytes of port. Signals about a hard round go
-// on with a description of the sender's NAT (side). Bytes after all of it are for
+// on with a description of the sender's NAT (side), those about a fresh socket with
+// one that has its address. Bytes after all of it are for
 // later versions and are ignored.
 type signal struct {
 	kind       signalKind
@@ -75,7 +84,7 @@ type signal struct {
 	nonce      Nonce
 	candidates []Candidate
 	opened     []netip.AddrPort
-	hard       side // of signals about a hard round
+	hard       side // of signals about a hard round, or a fresh socket
 	message    []byte
 }
 
@@ -92,7 +101,7 @@ func (s *signal) marshal() []byte {
 	for _, addr := range s.opened {
 		b = appendAddress(b, addr, 0)
 	}
-	if s.kind.hard() {
+	if s.kind.hard() || s.kind.fresh() {
 		b = s.hard.append(b)
 	}
 	if s.kind == signalMessage {
@@ -140,7 +149,7 @@ func parseSignal(b []byte) (*signal, error) {
 		s.opened = append(s.opened, c.Addr)
 	}
 	switch {
-	case s.kind.hard():
+	case s.kind.hard(), s.kind.fresh():
 		s.hard, err = parseSide(b)
 	case s.kind == signalMessage:
 		s.message, err = cutMessage(b)
@@ -266,5 +275,8 @@ func (a *Agent) handleSignal(p *peer, s *signal, now time.Time) {
 	}
 	if s.kind.hard() {
 		a.hardSignal(p, s, now)
+	}
+	if s.kind.fresh() {
+		a.freshSignal(p, s, now)
 	}
 }

@@ -202,10 +202,10 @@ func exampleSignal() *signal {
 }
 
 func TestSignalRoundTrip(t *testing.T) {
-	for _, kind := range []signalKind{signalCall, signalGo} {
+	for _, kind := range []signalKind{signalCall, signalGo, signalFresh, signalMeet} {
 		want := exampleSignal()
 		want.kind = kind
-		if kind.hard() {
+		if kind != signalCall {
 			want.hard = sides("203.0.113.1")["block"]
 		}
 		testSignalRoundTrip(t, want)
@@ -252,6 +252,8 @@ func FuzzParseSignal(f *testing.F) {
 	f.Add(exampleSignal().marshal())
 	for _, s := range sides("203.0.113.1") {
 		about := &signal{kind: signalPropose, boot: 5, counter: 6, hard: s}
+		f.Add(about.marshal())
+		about.kind = signalFresh
 		f.Add(about.marshal())
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {

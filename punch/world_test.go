@@ -213,7 +213,11 @@ func (n *node) send(b []byte, to, from netip.AddrPort, ttl int) error {
 func (w *world) arrive(from *node, x wire) {
 	if x.to.Addr() == stunAddr().Addr() {
 		reply := serverAnswer(w.t, x)
-		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to, netip.AddrPortFrom(x.from.Addr(), 0)) })
+		at := netip.AddrPortFrom(x.from.Addr(), 0)
+		if x.from != from.outer && x.from != from.other {
+			at = x.from // a spare socket
+		}
+		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to, at) })
 		return
 	}
 	w.mu.Lock()

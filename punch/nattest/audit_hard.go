@@ -25,7 +25,19 @@ type hardRounds struct {
 	total       int // of all rounds
 	rounds      int
 	times       []time.Time // of the last second
+	few         []lone      // of the last minute, from so few sockets that they are no round
+	lone        int         // of all
 }
+
+// lone is a packet from a spare socket.
+type lone struct {
+	port uint16
+	at   time.Time
+}
+
+// maxFresh is from how many spare sockets a node may send in a minute outside of
+// hard rounds.
+const maxFresh = 8
 
 // spareKey is a spare socket and where a packet came to it from.
 type spareKey struct {
@@ -42,12 +54,45 @@ func (a *audit) ofRound(to netip.AddrPort, how sending) bool {
 	return to.Addr().Is4() && global(to.Addr()) && !how.named && !a.met[to]
 }
 
-// sentInRound judges a packet of a hard round.
-func (a *audit) sentInRound(to netip.AddrPort, how sending, now time.Time) {
+// lonely tells packets that are no part of a hard round, because few sockets send
+// any. If it becomes one, they are counted after all.
+func (a *audit) lonely(how sending, now time.Time) bool {
 	h := &a.hard
-	if !how.observed {
-		a.fault("packet of a hard round to %s, where no server saw a node", to)
+	if how.port == 0 || now.Sub(h.last) <= hardGap {
+		return false
 	}
+	h.few = slices.DeleteFunc(h.few, func(l lone) bool { return now.Sub(l.at) >= hardPause })
+	h.few = append(h.few, lone{how.port, now})
+	ports := map[uint16]bool{}
+	for _, l := range h.few {
+		ports[l.port] = true
+	}
+	if len(ports) <= maxFresh {
+		h.lone++
+		return true
+	}
+	before := slices.DeleteFunc(h.few[:len(h.few)-1], func(l lone) bool { return now.Sub(l.at) > hardGap })
+	h.few = nil
+	for _, l := range before {
+		a.countInRound(l.at)
+	}
+	return false
+}
+
+// sentInRound judges a packet of a hard round, or of sockets that meet.
+func (a *audit) sentInRound(to netip.AddrPort, how sending, now time.Time) {
+	if !how.observed {
+		a.fault("packet from a spare socket, or to a guessed port, to %s, where no server saw a node", to)
+	}
+	if !a.lonely(how, now) {
+		a.countInRound(now)
+	} else if n := count(a.endpoints, check{to: to}, now); n > maxPerEndpoint {
+		a.fault("%d packets within a second from few spare sockets to %s, which is silent", n, to)
+	}
+}
+
+func (a *audit) countInRound(now time.Time) {
+	h := &a.hard
 	if now.Sub(h.last) > hardGap {
 		if h.rounds > 0 && now.Sub(h.began) < hardPause {
 			a.fault("hard round %v after another", now.Sub(h.began))
@@ -72,6 +117,14 @@ func (n *Node) Hard() (rounds, packets int) {
 	n.audit.mu.Lock()
 	defer n.audit.mu.Unlock()
 	return n.audit.hard.rounds, n.audit.hard.total
+}
+
+// Lone returns how many packets left from spare sockets outside of hard rounds, to
+// where these had heard nothing from.
+func (n *Node) Lone() int {
+	n.audit.mu.Lock()
+	defer n.audit.mu.Unlock()
+	return n.audit.hard.lone
 }
 
 // Spare returns how many sockets beside the main one are open.

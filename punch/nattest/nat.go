@@ -44,7 +44,8 @@ type NAT struct {
 	// that belongs to no flow is delivered to the router itself, and its
 	// conntrack entry, which lives for Lifetime after the last such packet, owns
 	// the tuple: an own later flow to that remote address clashes with it and is
-	// renumbered to a random port.
+	// renumbered to a random port. What the host begins after that has the new
+	// port, too, because Linux looks at a source's newest flow first.
 	OpenInput bool
 }
 
@@ -63,6 +64,7 @@ type table struct {
 	ports    int    // how many there are
 	byInside map[mappingKey]*mapping
 	byPort   map[netip.AddrPort]*mapping // by outer address and port
+	newest   map[netip.AddrPort]*mapping // by inner address and port: that of its newest flow
 	router   map[flowKey]time.Time       // OpenInput: the router's own entries, until when
 }
 
@@ -101,6 +103,7 @@ func newTable(nat NAT, rng *rand.Rand) *table {
 func (t *table) flush() {
 	t.byInside = map[mappingKey]*mapping{}
 	t.byPort = map[netip.AddrPort]*mapping{}
+	t.newest = map[netip.AddrPort]*mapping{}
 	t.router = map[flowKey]time.Time{}
 }
 
@@ -114,8 +117,9 @@ func (t *table) outbound(inside, remote netip.AddrPort, wan netip.Addr) netip.Ad
 		m = t.shared(inside, remote, wan)
 	}
 	f := m.flows[remote]
-	if f == nil && t.clashes(m.outside, remote) {
-		m = t.add(own, netip.AddrPortFrom(wan, t.freePort(wan)))
+	if f == nil && t.nat.OpenInput {
+		m = t.unclashed(m, own, wan)
+		f = m.flows[remote]
 	}
 	if m.outside.Port() == 0 {
 		return netip.AddrPort{}
@@ -126,6 +130,19 @@ func (t *table) outbound(inside, remote netip.AddrPort, wan netip.Addr) netip.Ad
 	}
 	t.touch(f)
 	return m.outside
+}
+
+// unclashed is the mapping of a new flow where the router may have taken ports for
+// itself: that of the newest flow of the same source, or else m, or else another.
+func (t *table) unclashed(m *mapping, own mappingKey, wan netip.Addr) *mapping {
+	if last := t.newest[own.inside]; last != nil && t.held(last) && !t.clashes(last.outside, own.remote) {
+		m = last
+	}
+	if t.clashes(m.outside, own.remote) {
+		m = t.add(own, netip.AddrPortFrom(wan, t.freePort(wan)))
+	}
+	t.byInside[own], t.newest[own.inside] = m, m
+	return m
 }
 
 // shared finds or makes the mapping that the NAT's behaviour gives a flow.

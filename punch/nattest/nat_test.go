@@ -296,8 +296,11 @@ func TestOpenInput(t *testing.T) {
 		if p.passes(t, 0, serverPort, outside) || !p.passes(t, 0, serverPort, clashed) {
 			t.Error("the renumbered flow is not the one that is open")
 		}
-		if got := p.mapped(t, clientPort, 0, serverPort+1).Port(); got != clientPort {
-			t.Errorf("a flow to another port is renumbered to %d", got)
+		if got := p.mapped(t, clientPort, 0, serverPort+1); got != clashed {
+			t.Errorf("the next flow leaves from %v, not from %v as the newest one", got, clashed)
+		}
+		if got := p.mapped(t, clientPort+1, 0, serverPort).Port(); got != clientPort+1 {
+			t.Errorf("the flow of another socket is renumbered to %d", got)
 		}
 		wait(3 * time.Minute)
 		if got := p.mapped(t, clientPort, 0, serverPort).Port(); got != clientPort {

@@ -46,11 +46,12 @@ type Net struct {
 	timer    *time.Timer
 	draining bool
 	internet *Network
+	parted   map[[2]netip.Addr]bool // by Part
 }
 
 // New returns an empty Internet whose chance comes from seed.
 func New(seed uint64) *Net {
-	n := &Net{rng: rand.New(rand.NewPCG(seed, 0x6e6174))}
+	n := &Net{rng: rand.New(rand.NewPCG(seed, 0x6e6174)), parted: map[[2]netip.Addr]bool{}}
 	n.internet = &Network{net: n}
 	return n
 }

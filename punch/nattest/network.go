@@ -68,6 +68,9 @@ func (nw *Network) find(dst netip.Addr) node {
 // forward moves a packet that entered the segment towards its destination.
 func (nw *Network) forward(p packet) func() {
 	if nw.router == nil {
+		if nw.net.parted[[2]netip.Addr{p.src.Addr(), p.dst.Addr()}] {
+			return nil
+		}
 		for range coreHops {
 			if !p.hop() {
 				return nil
@@ -265,4 +268,19 @@ func (r *Router) receive(p packet) func() {
 		return nil
 	}
 	return r.inside.forward(p)
+}
+
+// Part has the Internet lose all that two outer addresses send to each other.
+func (n *Net) Part(a, b netip.Addr) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.parted[[2]netip.Addr{a, b}], n.parted[[2]netip.Addr{b, a}] = true, true
+}
+
+// Stray has a packet arrive at one outer address from another, as one that was
+// under way for long.
+func (n *Net) Stray(from, to netip.AddrPort) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.internet.forward(packet{src: from, dst: to, ttl: defaultTTL, payload: []byte("stray")})
 }

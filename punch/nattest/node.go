@@ -147,6 +147,9 @@ func (n *Node) Checks() uint64 {
 	return n.audit.checks
 }
 
+// Port returns the main UDP port.
+func (n *Node) Port() uint16 { return n.port }
+
 // Key returns the node's public key.
 func (n *Node) Key() punch.Key { return n.key }
 

@@ -1,7 +1,11 @@
 package relay
 
-// byeSize is the size of BYE in bytes.
-const byeSize = headSize + 8 + sequenceSize + macSize
+const (
+	// byeSize is the size of BYE in bytes.
+	byeSize = headSize + 8 + sequenceSize + macSize
+	// byes is how many of them leave: nobody waits to repeat one that was lost.
+	byes = 3
+)
 
 // bye ends a node's stay at the relay; it has no answer. What the relay went on
 // sending to the node's address would, after a restart of the node's router, reach
@@ -58,15 +62,17 @@ func (s *Server) bye(n *node, msg []byte, e *bye, t *transport) {
 // goodbye tells the relay that the node is going. Over TLS the end of the
 // connection says so; a way over UDP from before is ended in any case.
 func (c *Client) goodbye() {
-	c.mu.Lock()
-	to := c.udp.addr
-	c.counter++
-	e := bye{id: c.session.id, seq: newSequence(c.cfg.Boot, c.counter)}
-	c.mu.Unlock()
-	if !to.IsValid() {
-		return
-	}
-	if err := c.cfg.Send(e.build(&c.session), to); err != nil {
-		c.cfg.Log.Debug("goodbye not sent", "addr", to, "err", err)
+	for range byes {
+		c.mu.Lock()
+		to := c.udp.addr
+		c.counter++
+		e := bye{id: c.session.id, seq: newSequence(c.cfg.Boot, c.counter)}
+		c.mu.Unlock()
+		if !to.IsValid() {
+			return
+		}
+		if err := c.cfg.Send(e.build(&c.session), to); err != nil {
+			c.cfg.Log.Debug("goodbye not sent", "addr", to, "err", err)
+		}
 	}
 }

@@ -1,0 +1,88 @@
+package punch
+
+import (
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+)
+
+// sayFresh has a hostile member tell of a fresh socket at an address that it does
+// not name as a candidate.
+func (n *node) sayFresh(to *node, kind signalKind, at netip.AddrPort) {
+	n.mu.Lock()
+	p := n.peers[to.key]
+	p.counter++
+	s := signal{kind: kind, boot: n.boot, counter: p.counter, nonce: n.nonce}
+	s.hard = side{nat: NAT{Mapping: EndpointIndependent}, addr: at}
+	s.candidates = []Candidate{{Addr: n.outer, Type: ServerReflexive}}
+	sealed := p.secrets.seal(s.marshal())
+	n.mu.Unlock()
+	if err := to.HandleSignal(n.key, sealed); err != nil && !errors.Is(err, errSignalStale) {
+		n.w.t.Error(err)
+	}
+}
+
+// insist has a member speak of fresh sockets at ever other ports of an IP address,
+// for a minute, ten times a second. It returns what the victim sent there.
+func insist(w *world, order [2]byte, ip netip.Addr) []wire {
+	w.spare = true
+	a, b := w.gathered(order[0], outerA), w.gathered(order[1], outerB)
+	w.setDrop(func(x wire) bool { return x.to != stunAddr() })
+	w.setCarry(func(from, _ *node) error {
+		if from == b {
+			return errLost
+		}
+		return nil
+	})
+	meet(a, b)
+	rest(time.Second)
+	port := uint16(2000)
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); rest(100 * time.Millisecond) {
+		a.Demand(b.key)
+		for _, kind := range []signalKind{signalFresh, signalMeet} {
+			port++
+			b.sayFresh(a, kind, netip.AddrPortFrom(ip, port))
+		}
+	}
+	var found []wire
+	for _, x := range w.all() {
+		if x.from.Addr() == a.outer.Addr() && x.to.Addr() == ip && x.to != b.outer {
+			found = append(found, x)
+		}
+	}
+	return found
+}
+
+// TestFreshVictim has a member tell of sockets where no server saw it.
+func TestFreshVictim(t *testing.T) {
+	for _, order := range [][2]byte{{1, 2}, {2, 1}} {
+		inWorld(t, func(w *world) {
+			if got := insist(w, order, netip.MustParseAddr("203.0.113.66")); len(got) > 0 {
+				t.Errorf("%d packets, the first to %v", len(got), got[0].to)
+			}
+		})
+	}
+}
+
+// TestFreshFew has a member tell of socket after socket of its own: few packets go
+// to each of them, and to all.
+func TestFreshFew(t *testing.T) {
+	for _, order := range [][2]byte{{1, 2}, {2, 1}} {
+		inWorld(t, func(w *world) {
+			got := insist(w, order, netip.MustParseAddrPort(outerB).Addr())
+			each := map[netip.AddrPort]int{}
+			for _, x := range got {
+				each[x.to]++
+			}
+			if len(got) == 0 || len(got) > 250 {
+				t.Errorf("%v: %d packets", order, len(got))
+			}
+			for to, n := range each {
+				if n > roundChecks+1 {
+					t.Errorf("%v: %d packets to %v", order, n, to)
+				}
+			}
+		})
+	}
+}

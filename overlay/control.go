@@ -268,7 +268,7 @@ func (c *control) record() (*coord.Publish, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.serial = max(c.serial+1, uint64(time.Now().UnixMilli()))
-	rec := trust.Record{Serial: c.serial, Nonce: c.nonce, Capabilities: uint32(takes), Relays: relays}
+	rec := trust.Record{Serial: c.serial, Nonce: c.nonce, Capabilities: uint16(takes), Relays: relays}
 	return newPublish(c.device, rec, list)
 }
 

@@ -302,6 +302,7 @@ func TestRelayHostKeepsOthersOut(t *testing.T) {
 	// It holds after a restart, too.
 	h.saveCache()
 	again := &relayHost{store: h.store, control: h.control, roster: m.roster(host), log: h.log}
+	again.doorkeeper = doorkeeper{&again.mu, again.roster.mesh}
 	again.loadCache()
 	if _, err := again.verify(trust.Credentials(alice.node.Cap, alice.node.Cert)); !errors.Is(err, trust.ErrRevoked) {
 		t.Errorf("alice after a restart: %v", err)

@@ -179,7 +179,8 @@ func (l *links) usable(p linkPeer, open []*relayLink) []punch.Relay {
 	var list []punch.Relay
 	for _, k := range open {
 		handle := l.handles[p.key][k.id]
-		if !k.up() || !handle.IsValid() || !l.worth(k, p) && (k.info.peer || !k.here[p.key]) {
+		worth, here := l.worth(k, p), k.here[p.key]
+		if !k.up() || !handle.IsValid() || !worth && !here || k.info.peer && !(worth && here) {
 			continue
 		}
 		r := punch.Relay{Addr: handle, Here: k.here[p.key]}

@@ -221,6 +221,7 @@ func TestPeerRelayNotWanted(t *testing.T) {
 		"near server": func(w *peerWorld) { w.up("server0", 5*ms); w.says(map[byte]uint16{'0': 5}) },
 		"revoked":     func(w *peerWorld) { w.offered = false },
 		"bob himself": func(w *peerWorld) { w.carrier.key = w.bob.key },
+		"without UDP": func(w *peerWorld) { w.state("server0", relay.State{Transport: relay.TLS, RTT: 100 * ms}) },
 		"offline":     func(w *peerWorld) { w.bob.online = false; w.says(map[byte]uint16{'0': 100}) },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -61,7 +61,10 @@ func (l *links) survey(now time.Time) time.Duration {
 	if wait > 0 {
 		return wait
 	}
-	peers := l.farPeers(now)
+	var peers []farPeer
+	if !l.reach().noUDP() { // nodes relay over UDP alone
+		peers = l.farPeers(now)
+	}
 	var offers []peerOffer
 	if len(peers) > 0 || l.anyPeerLink() {
 		offers = l.offersNow(now)

@@ -21,6 +21,7 @@ func (r UpRequest) Check() error {
 		ListenPort: cmp.Or(r.ListenPort, firstPort),
 
 		PortMapping: r.PortMapping,
+		PeerRelay:   r.PeerRelay,
 	}
 	if r.Offloads != nil {
 		c.Offloads = *r.Offloads

@@ -47,6 +47,8 @@ type control struct {
 	takes func() tun.Capabilities
 	// relays are those this node keeps a link to, its home first; nil: none ever.
 	relays func() []trust.RelayTrip
+	// relayPort is where this node relays for others, 0 nowhere; nil: nowhere ever.
+	relayPort func() uint16
 	// onWelcome and onEvent are called in order from one goroutine.
 	onWelcome func(*coord.Welcome, *coord.Conn, []byte)
 	onEvent   func(coord.Event)
@@ -265,10 +267,14 @@ func (c *control) record() (*coord.Publish, error) {
 	if c.relays != nil {
 		relays = c.relays()
 	}
+	var port uint16
+	if c.relayPort != nil {
+		port = c.relayPort()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.serial = max(c.serial+1, uint64(time.Now().UnixMilli()))
-	rec := trust.Record{Serial: c.serial, Nonce: c.nonce, Capabilities: uint32(takes), Relays: relays}
+	rec := trust.Record{Serial: c.serial, Nonce: c.nonce, RelayPort: port, Capabilities: uint16(takes), Relays: relays}
 	return newPublish(c.device, rec, list)
 }
 

@@ -91,7 +91,7 @@ func TestRecordSaysWhatTheNodeTakes(t *testing.T) {
 	for _, takes := range []tun.Capabilities{tun.Large, 0} {
 		c.takes = func() tun.Capabilities { return takes }
 		p := must[*coord.Publish](t)(c.record())
-		if got := must[trust.Record](t)(trust.OpenRecord(p.Record)).Capabilities; got != uint32(takes) {
+		if got := must[trust.Record](t)(trust.OpenRecord(p.Record)).Capabilities; got != uint16(takes) {
 			t.Fatalf("capabilities %b, want %b", got, takes)
 		}
 	}

@@ -241,7 +241,7 @@ func TestCapabilitiesAreThoseOfTheLatestRecord(t *testing.T) {
 	if got := takes(r); got != 0 {
 		t.Fatalf("capabilities %b before any record", got)
 	}
-	const later = 1 << 31
+	const later = 1 << 15
 	for i, step := range []struct {
 		serial    uint64
 		say, want tun.Capabilities
@@ -253,7 +253,7 @@ func TestCapabilitiesAreThoseOfTheLatestRecord(t *testing.T) {
 		{8, later, later},
 	} {
 		n := bob.node
-		n.Record = must[*coord.Publish](t)(newPublish(bob.device, trust.Record{Serial: step.serial, Capabilities: uint32(step.say)}, nil)).Record
+		n.Record = must[*coord.Publish](t)(newPublish(bob.device, trust.Record{Serial: step.serial, Capabilities: uint16(step.say)}, nil)).Record
 		r.apply(&coord.Netmap{Nodes: []coord.Node{n}}, false)
 		if got := takes(r); got != step.want {
 			t.Fatalf("step %d: capabilities %b, want %b", i, got, step.want)

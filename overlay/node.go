@@ -169,6 +169,9 @@ func (n *Node) merge(r UpRequest) (*settings, error) {
 	if r.PortMapping != "" {
 		c.PortMapping = r.PortMapping
 	}
+	if r.PeerRelay != "" {
+		c.PeerRelay = r.PeerRelay
+	}
 	return c, c.check()
 }
 
@@ -192,6 +195,9 @@ func (c *settings) check() error {
 	}
 	if c.PortMapping != "" && c.PortMapping != portMappingOn && c.PortMapping != portMappingOff {
 		return fail(Usage, "on asks the router for a way in, off does not", "--port-mapping %q is neither on nor off", c.PortMapping)
+	}
+	if _, err := peerRelayRate(c.PeerRelay); err != nil {
+		return err
 	}
 	_, err := parseProxy(c.Proxy)
 	return err

@@ -5,6 +5,7 @@
 //	endpoint.go  the one writer of peer endpoints: punch's paths, through wgctrl
 //	relays.go    links to relays: which, and what goes over them
 //	portmap.go   a way in through the router
+//	peerrelay.go a relay for others; peerchoice.go which of theirs are used
 //	session.go   the parts of a joined node, from up to down
 //	node.go      the daemon: up and down; leave.go its end for good
 //	local.go     the daemon's socket; client.go its other side
@@ -107,6 +108,9 @@ type UpRequest struct {
 	Proxy *string `json:"proxy,omitempty"`
 	// PortMapping says whether the router is asked for a way in: "on" or "off".
 	PortMapping string `json:"portMapping,omitempty"`
+	// PeerRelay says whether this node relays for others: "on", "off", or the most
+	// Mbit/s.
+	PeerRelay string `json:"peerRelay,omitempty"`
 }
 
 // Progress is one step of coming up, for people. Warn marks a step that did
@@ -154,6 +158,20 @@ type SelfStatus struct {
 	Server    string     `json:"server"`
 	// Trouble says why Online is false; empty otherwise.
 	Trouble string `json:"trouble,omitempty"`
+	// PeerRelay is what this node relays for others; null: nobody reaches it without
+	// being asked, there is no pair to relay for, or its owner does not want it.
+	PeerRelay *PeerRelayStatus `json:"peerRelay,omitempty"`
+}
+
+// PeerRelayStatus is what a node relays for others: so many nodes and flows now, so
+// many bytes since it began, and the most that it does.
+type PeerRelayStatus struct {
+	Port     uint16 `json:"port"` // as others reach it
+	Nodes    int    `json:"nodes"`
+	Flows    int    `json:"flows"`
+	Bytes    uint64 `json:"bytes"`
+	MaxFlows int    `json:"maxFlows"`
+	MaxMbits uint64 `json:"maxMbits"`
 }
 
 // PeerStatus is one other member.
@@ -181,6 +199,8 @@ type PathStatus struct {
 	Via      string `json:"via,omitempty"`
 	Relay    string `json:"relay,omitempty"`  // its name
 	Reason   string `json:"reason,omitempty"` // why it is not direct, for people
+	// Peer says that Relay is a node of the mesh.
+	Peer bool `json:"peer,omitempty"`
 	// MTU is the largest IP packet of a direct path, in bytes, as checks found it
 	// under traffic; 0: not known.
 	MTU int `json:"mtu,omitempty"`
@@ -194,6 +214,7 @@ type RelayStatus struct {
 	Transport string   `json:"transport"` // udp, tls, or empty: out of reach
 	RTTms     *float64 `json:"rttMs"`
 	Home      bool     `json:"home,omitempty"`
+	Peer      bool     `json:"peer,omitempty"` // a node of the mesh
 	// Trouble says why it is out of reach, or not reached over UDP.
 	Trouble string `json:"trouble,omitempty"`
 }

@@ -22,15 +22,19 @@ func (s *session) newMapper() error {
 	if s.settings.PortMapping == portMappingOff {
 		return nil
 	}
-	secret := sha256.Sum256(append([]byte("overlay port mapping "), s.keys.WireGuard[:]...))
 	var err error
-	s.mapper, err = portmap.New(portmap.Config{
-		Port: s.dev.Load().Port(), Name: "overlay", Secret: secret[:], OnMapping: s.mapped, Log: s.log,
-	})
+	s.mapper, err = s.newMapperOf("overlay", s.dev.Load().Port(), s.mapped)
+	return err
+}
+
+// newMapperOf makes what asks the router for a way in to a port.
+func (s *session) newMapperOf(name string, port uint16, tell func([]portmap.Mapping)) (*portmap.Mapper, error) {
+	secret := sha256.Sum256(append([]byte("overlay port mapping "), s.keys.WireGuard[:]...))
+	m, err := portmap.New(portmap.Config{Port: port, Name: name, Secret: secret[:], OnMapping: tell, Log: s.log})
 	if err != nil {
-		return fmt.Errorf("prepare port mapping: %w", err)
+		return nil, fmt.Errorf("prepare port mapping: %w", err)
 	}
-	return nil
+	return m, nil
 }
 
 // mapped hands on where routers let peers in.
@@ -45,6 +49,7 @@ func (s *session) mapped(list []portmap.Mapping) {
 	}
 	s.log.Info("ports mapped", "by", by)
 	s.agent.SetMapped(addrs)
+	s.peerRelay.setMaps(len(list) > 0)
 }
 
 // lookAtRouters tells the mapper which routers there are now.
@@ -64,6 +69,7 @@ func (s *session) lookAtRouters() {
 		}
 	}
 	s.mapper.SetRoutes(routes)
+	s.peerRelay.setRoutes(routes)
 }
 
 // checkMapping has the router asked whether the mapped port is still the same.
@@ -71,6 +77,7 @@ func (s *session) checkMapping() {
 	if s.mapper != nil {
 		s.mapper.Check()
 	}
+	s.peerRelay.checkMapping()
 }
 
 // publishable leaves out the mapped ports that the server would refuse: those on

@@ -40,6 +40,7 @@ type candidate struct {
 	failed bool          // the link has been silent for long, or cannot be made
 	trip   time.Duration // round trip when it was measured last; 0: never
 	home   bool          // a wanted peer is to be reached there
+	peer   bool          // in a node, and worth a link
 }
 
 // class orders relays: those that are sure to be of use first.
@@ -65,7 +66,7 @@ func (c candidate) weight() time.Duration {
 }
 
 // chooseRelays tells which relays to keep a link to: the own server's, the
-// nearest ones, the homes of peers, and as many as there is room for of those
+// nearest ones, the homes of peers, those in nodes, and as many as there is room for of those
 // whose distance is not known yet, or that are silent while too few answer. What
 // is up does not end because the server, which may have restarted, says that the
 // relay is offline.
@@ -74,9 +75,10 @@ func chooseRelays(all []candidate) []punch.Key {
 		return cmp.Or(cmp.Compare(a.class(), b.class()), cmp.Compare(a.weight(), b.weight()), slices.Compare(a.key[:], b.key[:]))
 	})
 	var use []punch.Key
+	peers := false
 	pick := func(keep func(candidate) bool) {
 		for _, c := range all {
-			if len(use) < maxLinks && keep(c) && !slices.Contains(use, c.key) {
+			if len(use) < maxLinks && c.peer == peers && keep(c) && !slices.Contains(use, c.key) {
 				use = append(use, c.key)
 			}
 		}
@@ -95,6 +97,9 @@ func chooseRelays(all []candidate) []punch.Key {
 	})
 	pick(func(c candidate) bool { return c.up && !c.online })
 	pick(func(c candidate) bool { return c.home })
+	peers = true
+	pick(func(candidate) bool { return true })
+	peers = false
 	pick(func(c candidate) bool { return c.class() == 2 })
 	pick(func(c candidate) bool {
 		return c.class() == 3 && (near < nearestRelays || c.linked && up < nearestRelays)
@@ -204,4 +209,17 @@ func tripTo(list []trust.RelayTrip, k trust.Key) (ms uint16, ok bool) {
 		}
 	}
 	return 0, false
+}
+
+// worth reports whether a peer is to be looked for at a relay: where it says it
+// is, and anywhere while none of the relays it named is up; its record may be old.
+// mu is held.
+func (l *links) worth(k *relayLink, p linkPeer) bool {
+	if _, listed := tripTo(p.relays, trust.Key(k.info.key)); listed || k.info.peer {
+		return listed
+	}
+	return !slices.ContainsFunc(p.relays, func(r trust.RelayTrip) bool {
+		other := l.open[punch.Key(r.Relay)]
+		return other != nil && other.up()
+	})
 }

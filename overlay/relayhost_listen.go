@@ -19,12 +19,10 @@ const (
 	maxComm         = 64   // of a process's name
 )
 
-// relaySockets are a relay's ports: TCP, and UDP of the same number, one socket
-// for each family, because a socket for both tells the local address of IPv4
-// packets in the wrong form.
+// relaySockets are a relay's ports: TCP, and UDP of the same number.
 type relaySockets struct {
 	tcp net.Listener
-	udp []*net.UDPConn
+	udp udpSockets
 }
 
 // listenRelay opens the ports at [HOST]:PORT.
@@ -37,7 +35,7 @@ func listenRelay(address string) (*relaySockets, error) {
 	if s.tcp, err = net.Listen("tcp", address); err != nil {
 		return nil, listenError(err, address, "tcp", int(port))
 	}
-	if err := s.openUDP(host, s.port()); err != nil {
+	if s.udp, err = listenUDP(host, s.port()); err != nil {
 		s.close()
 		return nil, listenError(err, address, "udp", int(s.port()))
 	}
@@ -55,32 +53,48 @@ func splitListen(address string) (host string, port uint16, err error) {
 
 func (s *relaySockets) port() uint16 { return s.tcp.Addr().(*net.TCPAddr).AddrPort().Port() }
 
-func (s *relaySockets) openUDP(host string, port uint16) error {
+func (s *relaySockets) close() {
+	_ = s.tcp.Close()
+	s.udp.close()
+}
+
+// udpSockets are one UDP port: a socket for each family, because one for both tells
+// the local address of IPv4 packets in the wrong form.
+type udpSockets []*net.UDPConn
+
+// listenUDP opens a port at a host, or at all addresses.
+func listenUDP(host string, port uint16) (udpSockets, error) {
 	networks := []string{"udp4", "udp6"}
 	if host != "" {
 		networks = []string{"udp"}
 	}
+	var s udpSockets
 	for _, network := range networks {
-		addr, err := net.ResolveUDPAddr(network, net.JoinHostPort(host, strconv.Itoa(int(port))))
-		if err != nil {
-			return err
-		}
-		c, err := net.ListenUDP(network, addr)
+		c, err := listenFamily(network, host, port)
 		if err != nil && network == "udp6" && !errors.Is(err, syscall.EADDRINUSE) {
 			continue // the machine has no IPv6
 		}
 		if err != nil {
-			return err
+			s.close()
+			return nil, err
 		}
-		s.udp = append(s.udp, c)
+		s = append(s, c)
 	}
-	return nil
+	return s, nil
 }
 
-// send sends a datagram from the UDP port; ok is false when the machine does not
+func listenFamily(network, host string, port uint16) (*net.UDPConn, error) {
+	addr, err := net.ResolveUDPAddr(network, net.JoinHostPort(host, strconv.Itoa(int(port))))
+	if err != nil {
+		return nil, err
+	}
+	return net.ListenUDP(network, addr)
+}
+
+// send sends a datagram from the port; ok is false when the machine does not
 // speak the family of to.
-func (s *relaySockets) send(b []byte, to *net.UDPAddr) (ok bool, err error) {
-	for _, c := range s.udp {
+func (s udpSockets) send(b []byte, to *net.UDPAddr) (ok bool, err error) {
+	for _, c := range s {
 		if (c.LocalAddr().(*net.UDPAddr).IP.To4() != nil) == (to.IP.To4() != nil) {
 			_, err := c.WriteToUDP(b, to)
 			return true, err
@@ -89,9 +103,8 @@ func (s *relaySockets) send(b []byte, to *net.UDPAddr) (ok bool, err error) {
 	return false, nil
 }
 
-func (s *relaySockets) close() {
-	_ = s.tcp.Close()
-	for _, c := range s.udp {
+func (s udpSockets) close() {
+	for _, c := range s {
 		_ = c.Close()
 	}
 }

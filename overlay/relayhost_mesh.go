@@ -40,7 +40,8 @@ type relayHost struct {
 	server  *relay.Server
 	agent   *punch.Agent // only asks the server where the UDP port is seen
 	control *control
-	log     *slog.Logger
+	doorkeeper
+	log *slog.Logger
 
 	mu      sync.Mutex
 	roster  *roster
@@ -57,6 +58,7 @@ func newRelayHost(c RelayConfig, m *membership, s *relaySockets) (*relayHost, er
 	if h.roster, err = newRoster(m, c.Log); err != nil {
 		return nil, fail(Failure, "restore it, or: overlay leave", "the saved membership in %s does not verify: %v", c.StateDir, err)
 	}
+	h.doorkeeper = doorkeeper{&h.mu, h.roster.mesh}
 	cert, _ := h.roster.mesh.Device(h.roster.self)
 	h.name = cert.Name
 	if h.keys, err = h.store.loadKeys(); err != nil {
@@ -152,33 +154,6 @@ func (h *relayHost) run(ctx context.Context) error {
 	return err
 }
 
-// verify says who shows these credentials: a node of the mesh that was not
-// withdrawn. The netmap need not have it yet.
-func (h *relayHost) verify(credentials []byte) (relay.Identity, error) {
-	invite, countersigned, err := trust.SplitCredentials(credentials)
-	if err != nil {
-		return relay.Identity{}, err
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	cert, err := h.roster.mesh.Admit(invite, countersigned)
-	if err != nil {
-		return relay.Identity{}, err
-	}
-	if cert.Role != trust.RoleNode {
-		return relay.Identity{}, fmt.Errorf("%q is no node", cert.Name)
-	}
-	return relay.Identity{Device: cert.Device, WireGuard: punch.Key(cert.WireGuard)}, nil
-}
-
-// known says whether a device is a node of the mesh, as far as was heard.
-func (h *relayHost) known(device trust.Key) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	cert, ok := h.roster.mesh.Device(device)
-	return ok && cert.Role == trust.RoleNode
-}
-
 // answer takes what is neither flow nor control: the server's answers about our
 // own address, and the Binding requests of nodes, which authenticate themselves
 // by their session here. Everybody else gets no answer.
@@ -200,7 +175,7 @@ func (h *relayHost) answer(b []byte, from, _ netip.AddrPort) []byte {
 var errNoFamily = errors.New("no socket of this address family")
 
 func (h *relayHost) send(b []byte, to, _ netip.AddrPort, _ int) error {
-	ok, err := h.sockets.send(b, net.UDPAddrFromAddrPort(to))
+	ok, err := h.sockets.udp.send(b, net.UDPAddrFromAddrPort(to))
 	if !ok {
 		return errNoFamily
 	}

@@ -109,13 +109,24 @@ func (r *relayed) sees(k punch.Key) bool {
 func linkTo(t *testing.T, n testNode, h *relayHost, overTLS bool) *relayed {
 	t.Helper()
 	addr := h.sockets.tcp.Addr().(*net.TCPAddr).AddrPort()
+	return linkBy(t, n, relay.ClientConfig{
+		Relay: h.server.PublicKey(),
+		Dial: func(ctx context.Context) (net.Conn, [16]byte, error) {
+			return dialRelayTLS(ctx, addr.String(), n, pinOfKey(t, h.keys.Device))
+		},
+	}, addr, overTLS)
+}
+
+// linkBy connects a node to the relay of a configuration at an address.
+func linkBy(t *testing.T, n testNode, c relay.ClientConfig, addr netip.AddrPort, overTLS bool) *relayed {
+	t.Helper()
 	r := &relayed{
 		testNode: n, states: make(chan relay.State, 64), got: make(chan string, 64), here: map[punch.Key]bool{},
 		socket: must[*net.UDPConn](t)(net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})),
 	}
 	var err error
 	r.client, err = relay.NewClient(relay.ClientConfig{
-		Relay: h.server.PublicKey(), PrivateKey: n.w, Device: n.device, Boot: uint64(time.Now().UnixNano()),
+		Relay: c.Relay, Dial: c.Dial, PrivateKey: n.w, Device: n.device, Boot: uint64(time.Now().UnixNano()),
 		Credentials: trust.Credentials(n.node.Cap, n.node.Cert),
 		Send: func(b []byte, to netip.AddrPort) error {
 			if overTLS {
@@ -123,9 +134,6 @@ func linkTo(t *testing.T, n testNode, h *relayHost, overTLS bool) *relayed {
 			}
 			_, err := r.socket.WriteToUDPAddrPort(b, to)
 			return err
-		},
-		Dial: func(ctx context.Context) (net.Conn, [16]byte, error) {
-			return dialRelayTLS(ctx, addr.String(), n, pinOfKey(t, h.keys.Device))
 		},
 		Deliver: func(run []byte) {
 			for len(run) > 2 {
@@ -302,6 +310,7 @@ func TestRelayHostKeepsOthersOut(t *testing.T) {
 	// It holds after a restart, too.
 	h.saveCache()
 	again := &relayHost{store: h.store, control: h.control, roster: m.roster(host), log: h.log}
+	again.doorkeeper = doorkeeper{&again.mu, again.roster.mesh}
 	again.loadCache()
 	if _, err := again.verify(trust.Credentials(alice.node.Cap, alice.node.Cert)); !errors.Is(err, trust.ErrRevoked) {
 		t.Errorf("alice after a restart: %v", err)

@@ -39,12 +39,18 @@ func (s *session) newLinks() *links {
 		arrived: func(k punch.Key) { s.endpoints.renew(k) },
 		changed: s.ring,
 		mapped:  s.agent.Remapped,
+		offers:  s.offers,
+		path:    s.pathTo,
 		log:     s.log,
 	})
 }
 
 // openLink makes the client of a link.
 func (s *session) openLink(k *relayLink, boot uint64) (relayClient, error) {
+	dial := func(ctx context.Context) (net.Conn, [16]byte, error) { return s.dialRelay(ctx, k) }
+	if k.info.peer {
+		dial = nil
+	}
 	return relay.NewClient(relay.ClientConfig{
 		Relay:       k.info.key,
 		PrivateKey:  s.keys.WireGuard,
@@ -52,7 +58,7 @@ func (s *session) openLink(k *relayLink, boot uint64) (relayClient, error) {
 		Credentials: s.credentials,
 		Boot:        s.settings.Boot + boot,
 		Send:        func(b []byte, to netip.AddrPort) error { return s.sendUDP(b, to, netip.AddrPort{}, 0) },
-		Dial:        func(ctx context.Context) (net.Conn, [16]byte, error) { return s.dialRelay(ctx, k) },
+		Dial:        dial,
 		Deliver:     func(run []byte) { s.dev.Load().Deliver(k.id, run) },
 		OnState:     func(st relay.State) { s.links.onState(k, st) },
 		OnPeer:      func(p punch.Key, here bool) { s.links.onPeer(k, p, here) },

@@ -77,7 +77,11 @@ type linksConfig struct {
 	arrived func(punch.Key)
 	changed func()
 	mapped  func()
-	log     *slog.Logger
+	// offers lists the nodes that relay for others, and path tells the path to a peer
+	// and how many packets went either way; nil: no peer relays are used.
+	offers func() []peerOffer
+	path   func(punch.Key) (punch.Path, uint64)
+	log    *slog.Logger
 }
 
 // relayInfo is a relay as the netmap, the Welcome or the cache describe it.
@@ -89,6 +93,7 @@ type relayInfo struct {
 	verify  func(trust.Hash) error // of its TLS key
 	own     bool                   // in the own server
 	online  bool                   // as far as the server knows
+	peer    bool                   // in a node of the mesh
 }
 
 // linkPeer is a peer as the links see it.
@@ -114,19 +119,6 @@ type relayLink struct {
 }
 
 func (k *relayLink) up() bool { return k.state.Transport != relay.None }
-
-// worth reports whether a peer is to be looked for at a relay: where it says it
-// is, and anywhere while none of the relays it named is up; its record may be old.
-// mu is held.
-func (l *links) worth(k *relayLink, p linkPeer) bool {
-	if _, listed := tripTo(p.relays, trust.Key(k.info.key)); listed {
-		return true
-	}
-	return !slices.ContainsFunc(p.relays, func(r trust.RelayTrip) bool {
-		other := l.open[punch.Key(r.Relay)]
-		return other != nil && other.up()
-	})
-}
 
 // way is what a handle stands for.
 type way struct {
@@ -159,6 +151,7 @@ type links struct {
 	handles   map[punch.Key]map[uint16]netip.AddrPort
 	ways      map[netip.AddrPort]way
 	tcp       map[punch.Key]tcpWay
+	via       peerRelays
 	published []trust.RelayTrip
 	publishAt time.Time // not before
 	gap       time.Duration
@@ -170,7 +163,7 @@ func newLinks(c linksConfig) *links {
 		relays: map[punch.Key]relayInfo{}, peers: map[punch.Key]linkPeer{}, demands: map[punch.Key]time.Time{},
 		open: map[punch.Key]*relayLink{}, ids: map[punch.Key]uint16{}, trips: map[punch.Key]time.Duration{},
 		broken: map[punch.Key]time.Time{}, handles: map[punch.Key]map[uint16]netip.AddrPort{}, ways: map[netip.AddrPort]way{},
-		tcp: map[punch.Key]tcpWay{},
+		tcp: map[punch.Key]tcpWay{}, via: newPeerRelays(),
 	}
 }
 
@@ -243,11 +236,14 @@ func (l *links) isRelay(a netip.AddrPort) bool {
 
 // known lists all relays; mu is held.
 func (l *links) known() []relayInfo {
-	list := make([]relayInfo, 0, len(l.relays)+1)
+	list := make([]relayInfo, 0, len(l.relays)+len(l.via.infos)+1)
 	if l.ownRelay != nil {
 		list = append(list, *l.ownRelay)
 	}
 	for _, r := range l.relays {
+		list = append(list, r)
+	}
+	for _, r := range l.via.infos {
 		list = append(list, r)
 	}
 	return list
@@ -381,10 +377,11 @@ func (l *links) run(ctx context.Context) error {
 		defer timer.Stop()
 		told := newSpread(l)
 		for ctx.Err() == nil {
+			survey := l.survey(time.Now())
 			l.judgeAll(time.Now())
 			l.choose(ctx, g, time.Now())
 			told.update()
-			timer.Reset(l.tellRecord(time.Now()))
+			timer.Reset(min(survey, l.tellRecord(time.Now())))
 			select {
 			case <-ctx.Done():
 			case <-timer.C:
@@ -449,7 +446,7 @@ func (l *links) candidates(now time.Time) []candidate {
 	}
 	var list []candidate
 	for _, r := range l.known() {
-		c := candidate{key: r.key, own: r.own, online: r.online, trip: l.trips[r.key], home: homes[r.key]}
+		c := candidate{key: r.key, own: r.own, online: r.online, peer: r.peer, trip: l.trips[r.key], home: homes[r.key]}
 		if k := l.open[r.key]; k != nil {
 			c.linked, c.up = true, k.up()
 			c.failed = !c.up && now.Sub(k.began) >= giveUpRelay

@@ -93,10 +93,6 @@ func (k *relayLink) overUDP() netip.AddrPort {
 }
 
 func (s *spread) setWays(open []*relayLink) {
-	all := make([]uint16, 0, len(open))
-	for _, k := range open {
-		all = append(all, k.id)
-	}
 	s.links.mu.Lock()
 	peers := slices.Collect(maps.Keys(s.links.peers))
 	for p := range s.ways {
@@ -109,7 +105,7 @@ func (s *spread) setWays(open []*relayLink) {
 	s.links.mu.Unlock()
 	for _, p := range peers {
 		s.links.mu.Lock()
-		ids := s.links.withTCP(p, all)
+		ids := s.links.withTCP(p, s.links.over(p, open))
 		s.links.mu.Unlock()
 		if told, ok := s.ways[p]; ok && slices.Equal(told, ids) {
 			continue
@@ -128,6 +124,18 @@ func (s *spread) setWays(open []*relayLink) {
 		s.links.setHandles(p, ids, handles)
 		s.links.mu.Unlock()
 	}
+}
+
+// over lists the links over which a peer may come: those to relays in nodes only where
+// it says it is; mu is held.
+func (l *links) over(p punch.Key, open []*relayLink) []uint16 {
+	ids := make([]uint16, 0, len(open))
+	for _, k := range open {
+		if !k.info.peer || l.worth(k, l.peers[p]) {
+			ids = append(ids, k.id)
+		}
+	}
+	return ids
 }
 
 // setHandles notes the handles of a peer, one for each link; mu is held.
@@ -171,7 +179,8 @@ func (l *links) usable(p linkPeer, open []*relayLink) []punch.Relay {
 	var list []punch.Relay
 	for _, k := range open {
 		handle := l.handles[p.key][k.id]
-		if !k.up() || !handle.IsValid() || !l.worth(k, p) && !k.here[p.key] {
+		worth, here := l.worth(k, p), k.here[p.key]
+		if !k.up() || !handle.IsValid() || !worth && !here || k.info.peer && !(worth && here) {
 			continue
 		}
 		r := punch.Relay{Addr: handle, Here: k.here[p.key]}
@@ -210,7 +219,7 @@ func (s *spread) setClients(open []*relayLink) {
 // at the own server's relay, it asks for all.
 func (l *links) wantedAt(k *relayLink, now time.Time) []punch.Key {
 	var list []punch.Key
-	all := k.info.own || len(l.peers) <= askEverywhere
+	all := k.info.own || !k.info.peer && len(l.peers) <= askEverywhere
 	for _, p := range l.peers {
 		demanded := now.Before(l.demands[p.key])
 		if !demanded {
@@ -233,7 +242,7 @@ func (s *spread) setServers(open []*relayLink) {
 		s.links.mu.Lock()
 		at := k.stun
 		s.links.mu.Unlock()
-		if at.IsValid() {
+		if at.IsValid() && !k.info.peer {
 			user, key := k.client.STUN()
 			list = append(list, punch.Server{Addr: at, Username: user, Key: key})
 		}

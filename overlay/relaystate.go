@@ -62,7 +62,7 @@ func (l *links) logState(name string, old, st relay.State) {
 // held.
 func (l *links) judge(k *relayLink, now time.Time) (moved string) {
 	k.judged = now
-	if !l.home.measured(k.info.key, l.upTrips(), now) {
+	if k.info.peer || !l.home.measured(k.info.key, l.upTrips(false), now) {
 		return ""
 	}
 	return l.open[l.home.key].info.name
@@ -82,10 +82,14 @@ func (l *links) judgeAll(now time.Time) {
 	}
 }
 
-// upTrips are the round trips to the relays that are up; mu is held.
-func (l *links) upTrips() map[punch.Key]time.Duration {
+// upTrips are the round trips to the relays that are up, and, if asked for, to those
+// in nodes that are wanted; mu is held.
+func (l *links) upTrips(peers bool) map[punch.Key]time.Duration {
 	up := map[punch.Key]time.Duration{}
 	for r, k := range l.open {
+		if k.info.peer && !(peers && l.via.wanted[r]) {
+			continue
+		}
 		if k.up() && k.state.RTT > 0 {
 			up[r] = k.state.RTT
 		}
@@ -114,7 +118,7 @@ func (l *links) onPeer(k *relayLink, p punch.Key, here bool) {
 func (l *links) record() []trust.RelayTrip {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.published = tripList(l.home.key, l.upTrips())
+	l.published = tripList(l.home.key, l.upTrips(true))
 	return l.published
 }
 
@@ -123,7 +127,7 @@ func (l *links) record() []trust.RelayTrip {
 func (l *links) tellRecord(now time.Time) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if sameTrips(l.published, tripList(l.home.key, l.upTrips())) {
+	if sameTrips(l.published, tripList(l.home.key, l.upTrips(true))) {
 		return linkTick
 	}
 	if now.Before(l.publishAt) {

@@ -29,6 +29,14 @@ func (l *links) relayed(handle netip.AddrPort, full bool) (name string, over rel
 	return "", relay.None
 }
 
+// byPeer says whether a handle leads through a node of the mesh.
+func (l *links) byPeer(handle netip.AddrPort) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	k := l.byID(l.ways[handle].link)
+	return k != nil && k.info.peer
+}
+
 // describe names a handle for people: "relay NAME (udp)", or "direct tcp".
 func (l *links) describe(handle netip.AddrPort) string {
 	if _, ok := l.direct(handle); ok {
@@ -40,6 +48,9 @@ func (l *links) describe(handle netip.AddrPort) string {
 		return "a relay"
 	case over == relay.None:
 		return fmt.Sprintf("relay %s (down)", name)
+	}
+	if l.byPeer(handle) {
+		return fmt.Sprintf("relay %s (peer, %s)", name, over)
 	}
 	return fmt.Sprintf("relay %s (%s)", name, over)
 }
@@ -79,7 +90,7 @@ func (l *links) status(full bool) []RelayStatus {
 	for _, k := range slices.SortedFunc(maps.Values(l.open), func(a, b *relayLink) int { return cmp.Compare(a.id, b.id) }) {
 		st := RelayStatus{
 			Name: k.info.nameFor(full), Transport: k.state.Transport.String(),
-			Home: l.home.chosen && l.home.key == k.info.key,
+			Home: l.home.chosen && l.home.key == k.info.key, Peer: k.info.peer,
 		}
 		if k.up() && k.state.RTT > 0 {
 			st.RTTms = milliseconds(k.state.RTT)

@@ -88,12 +88,14 @@ type linksWorld struct {
 	broken    string // the relay whose client cannot be made
 }
 
-func newLinksWorld(t *testing.T) *linksWorld {
+func newLinksWorld(t *testing.T) *linksWorld { return newLinksWorldWith(t, func(*linksConfig) {}) }
+
+func newLinksWorldWith(t *testing.T, change func(*linksConfig)) *linksWorld {
 	w := &linksWorld{
 		t: t, fakes: map[string]*fakeRelay{}, device: map[uint16]string{},
 		known: map[punch.Key]bool{}, relays: map[punch.Key][]punch.Relay{},
 	}
-	w.links = newLinks(linksConfig{
+	c := linksConfig{
 		own: punch.Key{255}, device: func() linkDevice { return w }, relays: w.setRelays, open: w.open,
 		send: func(b []byte, to netip.AddrPort) error {
 			w.note(func() { w.sent = append(w.sent, fmt.Sprintf("%x to %s", b, to)) })
@@ -107,7 +109,9 @@ func newLinksWorld(t *testing.T) *linksWorld {
 		arrived: func(k punch.Key) { w.note(func() { w.arrived = append(w.arrived, k) }) },
 		changed: func() {},
 		log:     slog.New(slog.NewTextHandler(&w.log, nil)),
-	})
+	}
+	change(&c)
+	w.links = newLinks(c)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- w.links.run(ctx) }()

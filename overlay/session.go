@@ -48,6 +48,8 @@ type session struct {
 	lan     *lan
 	mapper  *portmap.Mapper // nil: switched off
 	tcp     *tcpLinks
+	// peerRelay is for pairs of other nodes; nil: switched off.
+	peerRelay *peerRelay
 	// credentials admit this device to relays.
 	credentials []byte
 	dev         atomic.Pointer[tun.Device]
@@ -103,7 +105,7 @@ func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*ses
 		return nil, err
 	}
 	s.endpoints = newEndpoints(s.dev.Load(), s.links.describe, s.hasPeer, cfg.Log)
-	if err := errors.Join(s.newMapper(), s.linkChanged(false)); err != nil {
+	if err := errors.Join(s.newPeerRelay(), s.newMapper(), s.linkChanged(false)); err != nil {
 		return nil, errors.Join(err, s.dev.Load().Close())
 	}
 	return s, nil
@@ -163,6 +165,7 @@ func (s *session) newControl(m *membership) error {
 		candidates: func() []punch.Candidate { return publishable(s.agent.Candidates()) },
 		takes:      func() tun.Capabilities { return s.dev.Load().Capabilities() },
 		relays:     func() []trust.RelayTrip { return s.links.record() },
+		relayPort:  func() uint16 { return s.peerRelay.published() },
 		onWelcome:  s.welcome,
 		onEvent:    s.event,
 		onState:    s.connection,
@@ -289,6 +292,9 @@ func (s *session) run(ctx context.Context) error {
 		g.Go(func() error { return s.mapper.Run(ctx) })
 	}
 	g.Go(func() error { return s.tcp.run(ctx) })
+	if s.peerRelay != nil {
+		g.Go(func() error { return s.peerRelay.run(ctx) })
+	}
 	g.Go(func() error {
 		s.loadCache() // waits for dev.Run; before the server says anything newer
 		return s.control.run(ctx)
@@ -349,6 +355,9 @@ func (s *session) netmap(m *coord.Netmap, whole bool) {
 	s.synced = s.synced || whole
 	s.mu.Unlock()
 	s.configure(gone, changed)
+	if len(m.Revocations) > 0 || len(m.State) > 0 {
+		s.peerRelay.retain()
+	}
 	s.ring()
 }
 
@@ -372,6 +381,7 @@ func (s *session) configure(gone []punch.Key, changed []punch.Peer) {
 	}
 	s.links.setMembers(relays, peers)
 	s.tcp.keep(s.hasPeer)
+	s.peerRelay.look()
 }
 
 // hasPeer says whether a peer is a member.
@@ -411,6 +421,7 @@ func (s *session) candidates(list []punch.Candidate) {
 	} else {
 		s.control.publish()
 	}
+	s.peerRelay.look()
 	s.ring()
 }
 

@@ -65,6 +65,8 @@ type settings struct {
 	Boot       uint64         `json:"boot"` // of the last session
 
 	PortMapping string `json:"portMapping,omitempty"` // portMappingOff, or on
+	PeerRelay   string `json:"peerRelay,omitempty"`   // peerRelayOff, on, or Mbit/s
+	RelayPort   int    `json:"relayPort,omitempty"`   // of the relay for others
 }
 
 // cache is the last netmap and the paths that worked, for a start without the
@@ -318,12 +320,14 @@ func (s store) loadSettings(now time.Time) (*settings, error) {
 	if _, err := s.load(settingsFile, &c); err != nil {
 		return nil, err
 	}
-	if c.ListenPort == 0 {
-		n, err := rand.Int(rand.Reader, big.NewInt(portCount))
-		if err != nil {
-			return nil, fmt.Errorf("draw a port: %w", err)
+	for _, port := range []*int{&c.ListenPort, &c.RelayPort} {
+		for *port == 0 || port == &c.RelayPort && *port == c.ListenPort {
+			n, err := rand.Int(rand.Reader, big.NewInt(portCount))
+			if err != nil {
+				return nil, fmt.Errorf("draw a port: %w", err)
+			}
+			*port = firstPort + int(n.Int64())
 		}
-		c.ListenPort = firstPort + int(n.Int64())
 	}
 	if age := now.Sub(c.NonceTime); age > nonceLife || age < 0 {
 		c.Nonces[1] = c.Nonces[0]

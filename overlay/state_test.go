@@ -66,6 +66,9 @@ func TestSettingsKeepPortAndTurnNonces(t *testing.T) {
 	if a.ListenPort < firstPort || a.ListenPort >= firstPort+portCount {
 		t.Fatalf("port %d", a.ListenPort)
 	}
+	if a.RelayPort < firstPort || a.RelayPort >= firstPort+portCount || a.RelayPort == a.ListenPort {
+		t.Fatalf("port %d of the relay beside %d", a.RelayPort, a.ListenPort)
+	}
 	if err := s.save(settingsFile, a); err != nil {
 		t.Fatal(err)
 	}

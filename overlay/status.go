@@ -34,7 +34,7 @@ func (s *session) status(full bool) (Status, error) {
 func (s *session) selfStatus(full bool) SelfStatus {
 	self := SelfStatus{
 		Name: s.self.Name, IPv4: s.self.IP4, IPv6: s.self.IP6, Online: s.online,
-		Mesh: s.roster.mesh.State().Name, Interface: s.settings.Interface,
+		Mesh: s.roster.mesh.State().Name, Interface: s.settings.Interface, PeerRelay: s.peerRelay.status(),
 	}
 	if !s.online {
 		self.Trouble = "only root may see why"
@@ -111,7 +111,7 @@ func (s *session) route(path punch.Path, full bool) PathStatus {
 		return st
 	}
 	name, over := s.links.relayed(path.Addr, full)
-	st := PathStatus{Kind: "relay", Relay: name}
+	st := PathStatus{Kind: "relay", Relay: name, Peer: s.links.byPeer(path.Addr)}
 	if over != relay.None {
 		st.Via = "relay-" + over.String()
 	}

@@ -18,6 +18,7 @@ func TestPathText(t *testing.T) {
 		"direct (srflx)":                  {Kind: "direct", Via: "srflx"},
 		"relay vpn.example.org (udp)":     {Kind: "relay", Via: "relay-udp", Relay: "vpn.example.org", Endpoint: "[fd00::2]:32769"},
 		"relay fra (tls)":                 {Kind: "relay", Via: "relay-tls", Relay: "fra"},
+		"relay carol (peer, udp)":         {Kind: "relay", Via: "relay-udp", Relay: "carol", Peer: true},
 		"relay (tls)":                     {Kind: "relay", Via: "relay-tls"},
 		"relay fra":                       {Kind: "relay", Relay: "fra"},
 		"none":                            {Kind: "none"},
@@ -132,5 +133,20 @@ func TestReadProxy(t *testing.T) {
 	e, ok := errors.AsType[*overlay.Error](err)
 	if !ok || e.Kind != overlay.Usage || strings.Contains(e.Message+e.Hint, "hunter2") || !strings.Contains(e.Message, "HTTPS_PROXY") {
 		t.Errorf("a bad variable: %+v", err)
+	}
+}
+
+func TestStatusShowsWhatIsRelayed(t *testing.T) {
+	var out bytes.Buffer
+	if err := showPeerRelay(&out, nil); err != nil || out.Len() > 0 {
+		t.Errorf("nothing relayed: %q, %v", &out, err)
+	}
+	r := overlay.PeerRelayStatus{Port: 23456, Nodes: 3, Flows: 2, Bytes: 1_500_000, MaxFlows: 32, MaxMbits: 50}
+	if err := showPeerRelay(&out, &r); err != nil {
+		t.Fatal(err)
+	}
+	want := "\nrelays for others at port 23456: 2 of at most 32 pairs, 3 nodes, 1.5 MB so far, at most 50 Mbit/s\n"
+	if out.String() != want {
+		t.Errorf("%q, want %q", &out, want)
 	}
 }

@@ -110,6 +110,9 @@ func showStatus(cmd *cobra.Command, st overlay.Status) error {
 	if err := showReasons(cmd.OutOrStdout(), st.Peers); err != nil {
 		return err
 	}
+	if err := showPeerRelay(cmd.OutOrStdout(), st.Self.PeerRelay); err != nil {
+		return err
+	}
 	if !st.Self.Online {
 		fmt.Fprintf(cmd.ErrOrStderr(), "! not connected to the server: %s\n", clean(st.Self.Trouble))
 	}
@@ -145,6 +148,9 @@ func showRelays(w io.Writer, list []overlay.RelayStatus) error {
 		if r.Home {
 			notes = append(notes, "home")
 		}
+		if r.Peer {
+			notes = append(notes, "peer")
+		}
 		if r.Trouble != "" {
 			notes = append(notes, r.Trouble)
 		}
@@ -154,6 +160,15 @@ func showRelays(w io.Writer, list []overlay.RelayStatus) error {
 		return err
 	}
 	return printTable(w, []string{"RELAY", "LINK", "RTT", "NOTE"}, rows)
+}
+
+// showPeerRelay says what this machine relays for others.
+func showPeerRelay(w io.Writer, r *overlay.PeerRelayStatus) error {
+	if r == nil {
+		return nil
+	}
+	return printLine(w, fmt.Sprintf("\nrelays for others at port %d: %d of at most %d pairs, %d nodes, %s so far, at most %d Mbit/s",
+		r.Port, r.Flows, r.MaxFlows, r.Nodes, size(int64(r.Bytes)), r.MaxMbits))
 }
 
 // showReasons says of every peer without a direct path why it has none.
@@ -177,7 +192,11 @@ func pathText(p overlay.PathStatus) string {
 		if p.Relay != "" {
 			text += " " + p.Relay
 		}
-		if transport, ok := strings.CutPrefix(p.Via, "relay-"); ok {
+		transport, up := strings.CutPrefix(p.Via, "relay-")
+		switch {
+		case up && p.Peer:
+			text += " (peer, " + transport + ")"
+		case up:
 			text += " (" + transport + ")"
 		}
 		return text

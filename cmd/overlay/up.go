@@ -46,6 +46,11 @@ without one again.
 --port-mapping off does not ask the router to let peers in (by PCP, NAT-PMP or
 UPnP); on does so again.
 
+A machine that others reach without being asked, at a public address or at a port
+that its router maps, relays for pairs of other members that would go a longer way
+over other relays. It can read nothing of what it relays, and carries at most 32
+pairs and 50 Mbit/s together; --peer-relay 200 makes that 200 Mbit/s, off ends it.
+
 --offloads switches parts of the data path off, to find out which of them a
 network, a driver or a kernel does not bear: a list, separated by commas, of
 -gso and -gro (many datagrams at a time to and from the UDP sockets), -tso (large
@@ -61,6 +66,7 @@ all on again. The variable OVERLAY_OFFLOADS says the same.`,
 	f.IntVar(&v.request.MTU, "mtu", 0, fmt.Sprintf("MTU of the interface (default %d)", overlay.DefaultMTU))
 	f.StringVar(&v.proxy, "proxy", "", proxyUsage)
 	f.StringVar(&v.request.PortMapping, "port-mapping", "", "on or off: ask the router for a way in (default on)")
+	f.StringVar(&v.request.PeerRelay, "peer-relay", "", "on, off, or Mbit/s: relay for other members (default on: at most 50 Mbit/s)")
 	f.StringVar(&v.offloads, "offloads", "", "parts of the data path to switch off: -gso,-gro,-tso,-large,+gso")
 	f.BoolVar(&v.foreground, "foreground", false, "run the daemon here, log to standard error")
 	f.BoolVar(&v.daemon, "daemon", false, "run the daemon here, log to the state directory, wait for another up")

@@ -340,7 +340,8 @@ func TestRoundTrip(t *testing.T) {
 		r := Record{
 			Device:       key(seed),
 			Serial:       rapid.Uint64().Draw(rt, "record serial"),
-			Capabilities: rapid.Uint32().Draw(rt, "capabilities"),
+			RelayPort:    rapid.Uint16().Draw(rt, "relay port"),
+			Capabilities: rapid.Uint16().Draw(rt, "capabilities"),
 			Candidates:   rapid.SliceOfNDistinct(rapid.Custom(drawEndpoint), -1, MaxEndpoints, rapid.ID[Endpoint]).Draw(rt, "candidates"),
 		}
 		if len(r.Candidates) == 0 {

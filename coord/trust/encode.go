@@ -97,7 +97,8 @@ func (r Record) appendTo(b []byte) []byte {
 	b = append(b, r.Device[:]...)
 	b = binary.BigEndian.AppendUint64(b, r.Serial)
 	b = append(b, r.Nonce[:]...)
-	b = binary.BigEndian.AppendUint32(b, r.Capabilities)
+	b = binary.BigEndian.AppendUint16(b, r.RelayPort)
+	b = binary.BigEndian.AppendUint16(b, r.Capabilities)
 	b = append(b, uint8(len(r.Candidates)))
 	for _, e := range r.Candidates {
 		family := uint8(family6)
@@ -154,12 +155,6 @@ func (r *reader) uint16() uint16 {
 	var b [2]byte
 	r.fill(b[:])
 	return binary.BigEndian.Uint16(b[:])
-}
-
-func (r *reader) uint32() uint32 {
-	var b [4]byte
-	r.fill(b[:])
-	return binary.BigEndian.Uint32(b[:])
 }
 
 func (r *reader) uint64() uint64 {
@@ -270,7 +265,8 @@ func readRecord(r *reader) (rec Record) {
 	rec.Device = r.bytes32()
 	rec.Serial = r.uint64()
 	r.fill(rec.Nonce[:])
-	rec.Capabilities = r.uint32()
+	rec.RelayPort = r.uint16()
+	rec.Capabilities = r.uint16()
 	rec.Candidates = list(r, func() Endpoint { return readEndpoint(r) })
 	if len(r.b) > 0 {
 		rec.Relays = list(r, func() RelayTrip { return RelayTrip{Relay: r.bytes32(), Trip: r.uint16()} })

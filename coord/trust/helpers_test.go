@@ -104,7 +104,8 @@ func testRecord() Record {
 		Device:       key(deviceSeed),
 		Serial:       start * 1000,
 		Nonce:        [16]byte{7, 7},
-		Capabilities: 0x80000001,
+		RelayPort:    0x8000,
+		Capabilities: 1,
 		Candidates: []Endpoint{
 			{netip.MustParseAddrPort("192.0.2.1:41000"), 2},
 			{netip.MustParseAddrPort("[2001:db8::2]:41000"), 1},

@@ -188,16 +188,20 @@ const RelayTag = "relay"
 // Record is what a device says of its present self. The highest serial counts.
 // The list of relays is left out when it is empty.
 //
-//	+--------+--------+-------+--------------+-----------------------------------+- - - - - - - - +
-//	| device | serial | nonce | capabilities | list of candidates:               | list of relays:|
-//	|   32   |   8    |  16   |      4       | family (1: 4 or 6), address (4 or | relay (32),    |
-//	|        |        |       |              | 16), port (2), type (1)           | trip (2)       |
-//	+--------+--------+-------+--------------+-----------------------------------+- - - - - - - - +
+//	+--------+--------+-------+-------+--------------+-----------------------------------+- - - - - - - - +
+//	| device | serial | nonce | relay | capabilities | list of candidates:               | list of relays:|
+//	|   32   |   8    |  16   | port  |      2       | family (1: 4 or 6), address (4 or | relay (32),    |
+//	|        |        |       |   2   |              | 16), port (2), type (1)           | trip (2)       |
+//	+--------+--------+-------+-------+--------------+-----------------------------------+- - - - - - - - +
+//
+// Nodes from before there were peer relays take the port for capabilities that
+// they do not know.
 type Record struct {
 	Device       Key
 	Serial       uint64 // milliseconds since 1970 when it was signed
 	Nonce        [16]byte
-	Capabilities uint32
+	RelayPort    uint16 // UDP, on the addresses of the candidates, where a node relays for others; 0: nowhere
+	Capabilities uint16
 	Candidates   []Endpoint  // no two alike; at most MaxEndpoints
 	Relays       []RelayTrip // that the device keeps a link to, the first its home; at most MaxRelays
 }

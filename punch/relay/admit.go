@@ -110,7 +110,7 @@ func (s *Server) enter(e *entry, t *transport) (n *node, reply []byte, ok bool) 
 	s.verified.put(e.hash, e.who, now)
 	n = s.nodes[e.node]
 	switch {
-	case n == nil && (len(s.nodes) >= maxNodes || s.sessions[e.id] != nil):
+	case n == nil && (len(s.nodes) >= s.cfg.MaxNodes || s.sessions[e.id] != nil):
 		s.mu.Unlock()
 		return nil, (&refused{refusedFull, e.seq}).build(e.shared), true
 	case n == nil:

@@ -3,6 +3,7 @@ package relay
 import (
 	"bytes"
 	"crypto/ed25519"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -228,6 +229,46 @@ func TestTablesAreBounded(t *testing.T) {
 	}
 	if got := w.mustOpen(a, atA, b); got != 0 {
 		t.Error("one flow too many")
+	}
+}
+
+// A relay on somebody's own line serves only so many, and only so fast.
+func TestTablesAreBoundedLower(t *testing.T) {
+	w := newSite(t, ServerConfig{MaxNodes: 3, MaxFlows: 1})
+	guests := []*guest{w.guest(1), w.guest(2), w.guest(3), w.guest(4)}
+	for i, g := range guests[:3] {
+		w.join(g, place(fmt.Sprintf("192.0.2.%d:1000", 1+i)))
+	}
+	last, at := guests[3], place("192.0.2.4:1000")
+	last.cookie = w.s.cookies.make(at.addr, w.s.clock())
+	if r, ok := parseRefused(w.say(last.admit(), at)); !ok || r.reason != refusedFull {
+		t.Errorf("one node too many: %+v %v", r, ok)
+	}
+	for i, want := range []uint32{1, 0} {
+		if got := w.mustOpen(guests[0], place("192.0.2.1:1000"), guests[1+i]); got != want {
+			t.Errorf("flow %d: %b, want %b", i, got, want)
+		}
+	}
+}
+
+func TestTotalRate(t *testing.T) {
+	w := newSite(t, ServerConfig{TotalRate: 1 << 20})
+	a, b, c := w.guest(1), w.guest(2), w.guest(3)
+	at := place("192.0.2.1:1000")
+	w.join(a, at)
+	w.join(b, place("192.0.2.2:1000"))
+	w.join(c, place("192.0.2.3:1000"))
+	w.mustOpen(a, at, b, c)
+	pay := func(g *guest) int {
+		f := w.s.flows[FlowOf(a.key, g.key).number()]
+		sent := 0
+		for w.s.pay(f, 0, 1000, w.s.clock()) {
+			sent += 1000
+		}
+		return sent
+	}
+	if one, other := pay(b), pay(c); one < 100_000 || other != 0 {
+		t.Errorf("%d and %d bytes at once by %d a second in all", one, other, 1<<20)
 	}
 }
 

@@ -159,7 +159,8 @@ func (t *train) deliver(to *transport, run []byte, stride int) {
 
 // pay takes what an end sends from its limits.
 func (s *Server) pay(f *flow, side, size int, now int64) bool {
-	return f.sent[side].take(&s.flowRate, now, size) && f.ends[side].sent.take(&s.nodeRate, now, size)
+	return f.sent[side].take(&s.flowRate, now, size) && f.ends[side].sent.take(&s.nodeRate, now, size) &&
+		(s.totalRate == nil || s.total.take(s.totalRate, now, size))
 }
 
 // answer deals with a datagram that is not of a flow.

@@ -41,8 +41,12 @@ type ServerConfig struct {
 	// keep b. A nil Answer drops such datagrams.
 	Answer func(b []byte, from, at netip.AddrPort) []byte
 	// FlowRate and NodeRate bound what one node sends into one flow and in all,
-	// in bytes a second; 0 means 1.25e9 and 2.5e9.
-	FlowRate, NodeRate uint64
+	// in bytes a second; 0 means 1.25e9 and 2.5e9. TotalRate bounds what all of them
+	// send together; 0 is no bound.
+	FlowRate, NodeRate, TotalRate uint64
+	// MaxNodes and MaxFlows are how many nodes are admitted and how many flows are
+	// open at a time; 0 means 16,384 and 131,072, which is also the most.
+	MaxNodes, MaxFlows int
 	// Log gets what an operator may want to know; nil is silence.
 	Log *slog.Logger
 }
@@ -58,6 +62,8 @@ type Server struct {
 	start   time.Time
 
 	flowRate, nodeRate, controlRate, challengeRate, moveRate, refusalRate rate
+	totalRate                                                             *rate // nil: no bound
+	total                                                                 meter
 
 	cookies    cookies
 	challenges *buckets
@@ -88,7 +94,7 @@ func newServer(cfg ServerConfig, now func() time.Time) (*Server, error) {
 		return nil, fmt.Errorf("read relay key: %w", err)
 	}
 	s := &Server{
-		cfg: cfg, log: cfg.Log, private: private, public: [32]byte(private.PublicKey().Bytes()),
+		cfg: cfg.bounded(), log: cfg.Log, private: private, public: [32]byte(private.PublicKey().Bytes()),
 		now: now, start: now(),
 		flowRate:      newRate(orDefault(cfg.FlowRate, defaultFlowRate)),
 		nodeRate:      newRate(orDefault(cfg.NodeRate, defaultNodeRate)),
@@ -104,10 +110,25 @@ func newServer(cfg ServerConfig, now func() time.Time) (*Server, error) {
 		nodes:         map[punch.Key]*node{},
 		flows:         map[uint64]*flow{},
 	}
+	if cfg.TotalRate > 0 {
+		r := newRate(cfg.TotalRate)
+		s.totalRate = &r
+	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	return s, nil
+}
+
+// bounded gives the configuration with bounds on what the tables hold.
+func (c ServerConfig) bounded() ServerConfig {
+	if c.MaxNodes <= 0 || c.MaxNodes > maxNodes {
+		c.MaxNodes = maxNodes
+	}
+	if c.MaxFlows <= 0 || c.MaxFlows > maxFlows {
+		c.MaxFlows = maxFlows
+	}
+	return c
 }
 
 func orDefault(n, otherwise uint64) uint64 {

@@ -205,7 +205,7 @@ func (s *Server) openFlow(n *node, peer punch.Key, header uint64, now int64) boo
 		f.used.Store(now)
 		return f.of(n) >= 0 && f.of(p) >= 0
 	}
-	if len(s.flows) >= maxFlows || n.flows >= maxNodeFlows || p.flows >= maxNodeFlows {
+	if len(s.flows) >= s.cfg.MaxFlows || n.flows >= maxNodeFlows || p.flows >= maxNodeFlows {
 		return false
 	}
 	f := &flow{ends: [2]*node{n, p}}

@@ -1,0 +1,253 @@
+package overlay
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"overlay/coord"
+	"overlay/coord/trust"
+	"overlay/punch"
+	"overlay/punch/portmap"
+	"overlay/punch/relay"
+)
+
+func TestPeerRelayRate(t *testing.T) {
+	for setting, want := range map[string]uint64{"": 6_250_000, "on": 6_250_000, "off": 0, "200": 25_000_000} {
+		if got, err := peerRelayRate(setting); got != want || err != nil {
+			t.Errorf("%q: %d, %v; want %d", setting, got, err, want)
+		}
+	}
+	for _, setting := range []string{"0", "-1", "yes", "1000001", "1.5"} {
+		if got, err := peerRelayRate(setting); err == nil || KindOf(err) != Usage {
+			t.Errorf("%q: %d, %v", setting, got, err)
+		}
+	}
+}
+
+func TestRelayPlace(t *testing.T) {
+	seen := func(addr string) punch.Candidate {
+		return punch.Candidate{Addr: netip.MustParseAddrPort(addr), Type: punch.ServerReflexive}
+	}
+	host6 := punch.Candidate{Addr: netip.MustParseAddrPort("[2001:db8::1]:41000"), Type: punch.Host}
+	mapping := func(addr string) []portmap.Mapping {
+		return []portmap.Mapping{{External: netip.MustParseAddrPort(addr)}}
+	}
+	double := mapping("192.0.2.1:5555")
+	double[0].DoubleNAT = true
+	for name, x := range map[string]struct {
+		published []punch.Candidate
+		local     string
+		mapped    []portmap.Mapping
+		want      uint16
+	}{
+		"nothing":                 {nil, "192.0.2.1/24", nil, 0},
+		"a public address":        {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.0.2.1/24", nil, 4000},
+		"behind a NAT":            {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.168.1.2/24", nil, 0},
+		"a LAN's server":          {[]punch.Candidate{seen("192.168.1.2:41000")}, "192.168.1.2/24", nil, 0},
+		"a carrier's":             {[]punch.Candidate{seen("100.64.1.2:41000")}, "100.64.1.2/24", nil, 0},
+		"IPv6 behind a firewall":  {[]punch.Candidate{seen("[2001:db8::1]:41000"), host6}, "2001:db8::1/64", nil, 0},
+		"a mapped port":           {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.168.1.2/24", mapping("192.0.2.1:5555"), 5555},
+		"mapped elsewhere":        {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.168.1.2/24", mapping("192.0.2.9:5555"), 0},
+		"mapped behind a carrier": {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.168.1.2/24", double, 0},
+		"a hole for IPv6":         {[]punch.Candidate{host6}, "2001:db8::1/64", mapping("[2001:db8::1]:4000"), 4000},
+	} {
+		if got := relayPlace(x.published, []netip.Prefix{netip.MustParsePrefix(x.local)}, 4000, x.mapped); got != x.want {
+			t.Errorf("%s: port %d, want %d", name, got, x.want)
+		}
+	}
+}
+
+// peerHost is a peer relay of a test, on a port of its own.
+type peerHost struct {
+	*peerRelay
+	roster *roster
+
+	mu        sync.Mutex
+	pairs     bool
+	port      uint16
+	published []uint16
+}
+
+func freePort(t *testing.T) uint16 {
+	t.Helper()
+	c := must[*net.UDPConn](t)(net.ListenUDP("udp", nil))
+	defer c.Close()
+	return c.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+}
+
+func startPeerRelay(t *testing.T, r *roster, key [32]byte) *peerHost {
+	t.Helper()
+	h := &peerHost{roster: r, pairs: true, port: freePort(t)}
+	h.peerRelay = &peerRelay{
+		doorkeeper: doorkeeper{&h.mu, r.mesh}, port: h.port, log: slog.New(slog.DiscardHandler), wake: make(chan struct{}, 1),
+		useful: func() bool { h.mu.Lock(); defer h.mu.Unlock(); return h.pairs },
+		place:  func([]portmap.Mapping) uint16 { h.mu.Lock(); defer h.mu.Unlock(); return h.port },
+	}
+	h.publish = func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.published = append(h.published, h.peerRelay.published())
+	}
+	h.config = relay.ServerConfig{PrivateKey: key, Verify: h.verify, MaxNodes: peerRelayNodes, MaxFlows: peerRelayFlows, TotalRate: 1 << 20}
+	ctx, cancel := context.WithCancel(context.Background())
+	var g errgroup.Group
+	g.Go(func() error { return h.run(ctx) })
+	t.Cleanup(func() {
+		cancel()
+		if err := g.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+	return h
+}
+
+// link connects a node to the relay over UDP.
+func (h *peerHost) link(t *testing.T, n testNode, key [32]byte) *relayed {
+	t.Helper()
+	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), h.peerRelay.port)
+	return linkBy(t, n, relay.ClientConfig{Relay: key}, at, false)
+}
+
+// A node forwards for pairs of its mesh, and for nobody else.
+func TestPeerRelayServes(t *testing.T) {
+	m, foreign := newTestMesh(t), newTestMesh(t)
+	self, alice, bob, eve := m.node("carol", m.signer), m.node("alice", m.signer), m.node("bob", m.signer), m.node("eve", m.signer)
+	r := m.roster(self)
+	r.apply(&coord.Netmap{Nodes: []coord.Node{alice.node, eve.node}, Revocations: []trust.Document{m.revoke(eve)}}, true)
+	h := startPeerRelay(t, r, self.w)
+	eventually(t, "not offered", func() bool { return h.peerRelay.published() == h.port })
+	public := [32]byte(self.w.PublicKey())
+	a, b := h.link(t, alice, public), h.link(t, bob, public)
+	a.await(t, "on udp", over(relay.UDP))
+	b.await(t, "on udp", over(relay.UDP))
+	a.client.SetPeers([]punch.Key{b.key()})
+	b.client.SetPeers([]punch.Key{a.key()})
+	eventually(t, "the peers do not see each other", func() bool { return a.sees(b.key()) && b.sees(a.key()) })
+	flow := relay.FlowOf(a.key(), b.key())
+	to := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(h.peerRelay.port)}
+	if _, err := a.socket.WriteToUDP(append(flow[:], "to bob"...), to); err != nil {
+		t.Fatal(err)
+	}
+	b.hears(t, "to bob")
+	eventually(t, "no flow is told", func() bool { st := h.status(); return st.Nodes == 2 && st.Flows == 1 && st.Bytes > 0 })
+	refused := func(s relay.State) bool { return s.Transport == relay.None && s.Err != nil }
+	h.link(t, eve, public).await(t, "refused", refused)
+	h.link(t, foreign.node("mallory", foreign.signer), public).await(t, "refused", refused)
+	h.mu.Lock()
+	r.apply(&coord.Netmap{Revocations: []trust.Document{m.revoke(alice)}}, false)
+	h.mu.Unlock()
+	h.retain()
+	if st := h.status(); st.Nodes != 1 || st.Flows != 0 {
+		t.Errorf("%+v after one was revoked", st)
+	}
+}
+
+// It runs only while it is of use and others reach it.
+func TestPeerRelayComesAndGoes(t *testing.T) {
+	m := newTestMesh(t)
+	self := m.node("carol", m.signer)
+	h := startPeerRelay(t, m.roster(self), self.w)
+	running := func(want bool) {
+		t.Helper()
+		eventually(t, "running or not", func() bool { return (h.status() != nil) == want })
+	}
+	running(true)
+	h.mu.Lock()
+	h.port++ // the router maps another one
+	h.mu.Unlock()
+	h.look()
+	eventually(t, "the new port is not published", func() bool { return h.peerRelay.published() == h.port })
+	if err := h.listens(); err != nil {
+		t.Errorf("its own port is another one, too: %v", err)
+	}
+}
+
+// listens fails when the relay's own port is free.
+func (h *peerHost) listens() error {
+	c, err := listenUDP("", h.peerRelay.port)
+	if err != nil {
+		return nil
+	}
+	c.close()
+	return errNoFamily
+}
+
+// Who does not want to relay opens and publishes nothing.
+func TestPeerRelayOff(t *testing.T) {
+	m := newTestMesh(t)
+	self := m.node("carol", m.signer)
+	s := &session{settings: &settings{PeerRelay: peerRelayOff}, roster: m.roster(self), keys: &keys{WireGuard: self.w}}
+	if err := s.newPeerRelay(); err != nil || s.peerRelay != nil {
+		t.Fatalf("made %v, %v", s.peerRelay, err)
+	}
+	s.peerRelay.look()
+	s.peerRelay.setMaps(true)
+	s.peerRelay.setRoutes(nil)
+	s.peerRelay.retain()
+	if s.peerRelay.published() != 0 || s.peerRelay.status() != nil {
+		t.Error("it relays all the same")
+	}
+}
+
+func TestPublishNamesThePeerRelay(t *testing.T) {
+	c := newTestControl(t)
+	c.relayPort = func() uint16 { return 7777 }
+	p := must[*coord.Publish](t)(c.record())
+	if rec := must[trust.Record](t)(trust.OpenRecord(p.Record)); rec.RelayPort != 7777 || rec.Capabilities != uint16(c.takes()) {
+		t.Fatalf("port %d, capabilities %b", rec.RelayPort, rec.Capabilities)
+	}
+}
+
+// A mesh of two has no pair to relay for.
+func TestHasPairs(t *testing.T) {
+	m := newTestMesh(t)
+	self := m.node("carol", m.signer)
+	s := &session{roster: m.roster(self)}
+	for i, want := range []bool{false, true, true} {
+		s.roster.apply(&coord.Netmap{Nodes: []coord.Node{m.node("peer"+string(rune('a'+i)), m.signer).node}}, false)
+		if got := s.hasPairs(); got != want {
+			t.Errorf("with %d others: %v", i+1, got)
+		}
+	}
+}
+
+// A moment without an address does not end the flows.
+func TestPeerRelayGrace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var port atomic.Int32
+		server := &relay.Server{}
+		r := &peerRelay{
+			useful: func() bool { return true }, place: func([]portmap.Mapping) uint16 { return uint16(port.Load()) },
+			publish: func() {}, wake: make(chan struct{}, 1), open: 4000,
+		}
+		done := make(chan struct{})
+		go func() { r.watch(t.Context(), server); close(done) }()
+		set := func(to int32, d time.Duration) (over bool) {
+			port.Store(to)
+			r.look()
+			time.Sleep(d)
+			synctest.Wait()
+			select {
+			case <-done:
+				return true
+			default:
+				return false
+			}
+		}
+		if set(0, peerRelayGrace-time.Second) || set(4000, 3*peerRelayGrace) {
+			t.Fatal("ended although it is reached")
+		}
+		if !set(0, peerRelayGrace+time.Second) {
+			t.Fatal("goes on although nobody reaches it")
+		}
+	})
+}

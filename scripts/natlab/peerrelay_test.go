@@ -1,0 +1,197 @@
+package natlab
+
+import (
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"overlay/overlay"
+)
+
+const (
+	// nearDelay is one way between any two, farLeg more to the server: 10 ms and
+	// 100 ms there and back.
+	nearDelay = 5 * time.Millisecond
+	farLeg    = 45 * time.Millisecond
+
+	peerRelayWait  = 40 * time.Second
+	peerRelaySpare = 15 * time.Second // a pair that would be moved is by then
+	peerRelayTrip  = 60 * time.Millisecond
+	serverTrip     = 180 * time.Millisecond
+
+	whatMoved = "by the peer after"
+)
+
+// peerCell is a pair without a direct path, a server far from everybody, and a
+// third node near both that others reach.
+type peerCell struct {
+	*mesh
+	a, b, third *member
+}
+
+func newPeerCell(t *testing.T, place func(*mesh) *Host) *peerCell {
+	t.Helper()
+	m := newMeshIn(t, Options{Delay: nearDelay})
+	t.Cleanup(m.leg(t, m.server, Line{Delay: farLeg}))
+	c := &peerCell{mesh: m}
+	c.third = m.join(t, place(m))
+	c.a, c.b = m.join(t, m.laptopAt(t, "a", Random)), m.join(t, m.laptopAt(t, "b", Random))
+	return c
+}
+
+// atServer is a machine with a public address.
+func atServer(t *testing.T) func(*mesh) *Host {
+	return func(m *mesh) *Host { return mustServer(t, m.Lab, "carol") }
+}
+
+// byPeer asks whether the path to a node is by another node.
+func byPeer(name, third string) func(overlay.Status) bool {
+	return func(st overlay.Status) bool {
+		p := pathTo(st, name)
+		return p.Kind == "relay" && p.Peer && p.Relay == third
+	}
+}
+
+// wantByPeer waits until both go by the third, and gives how long that took.
+func (c *peerCell) wantByPeer(t *testing.T) time.Duration {
+	t.Helper()
+	start := time.Now()
+	for _, pair := range [][2]*member{{c.a, c.b}, {c.b, c.a}} {
+		if _, err := pair[0].await(t.Context(), peerRelayWait, byPeer(pair[1].nodeName, c.third.nodeName)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return time.Since(start)
+}
+
+func (c *peerCell) wantByServer(t *testing.T) {
+	t.Helper()
+	for _, pair := range [][2]*member{{c.a, c.b}, {c.b, c.a}} {
+		if p := pathTo(pair[0].status(t), pair[1].nodeName); p.Kind != "relay" || p.Peer {
+			t.Errorf("%s reaches %s by %+v", pair[0].nodeName, pair[1].nodeName, p)
+		}
+	}
+}
+
+// trip is the median round trip of pings sent in some time.
+func trip(echoes []echo, from, to time.Duration) time.Duration {
+	var list []time.Duration
+	for _, e := range echoes {
+		if e.ok && e.sent >= from && e.sent < to {
+			list = append(list, e.back-e.sent)
+		}
+	}
+	if len(list) == 0 {
+		return 0
+	}
+	slices.Sort(list)
+	return list[len(list)/2]
+}
+
+// TestPeerRelay has a pair that cannot meet directly use a node with a public
+// address nearby instead of the server's relay far away, as soon as its owner lets
+// it, without a lost ping; and the server's again when it dies.
+func TestPeerRelay(t *testing.T) {
+	needLab(t)
+	var all figures
+	c := newPeerCell(t, atServer(t))
+	ping := startPing(t, c.a.Host, c.b.addr, 4*quickPing)
+	if _, err := ping.firstReply(directWait); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.third.up(t.Context(), "--peer-relay", "off"); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(peerRelaySpare)
+	c.wantByServer(t)
+	if st := c.third.status(t); st.Self.PeerRelay != nil {
+		t.Errorf("relays although it is switched off: %+v", st.Self.PeerRelay)
+	}
+	from := ping.now()
+	if err := c.third.up(t.Context(), "--peer-relay", "on"); err != nil {
+		t.Fatal(err)
+	}
+	took := c.wantByPeer(t)
+	moved := ping.now()
+	time.Sleep(5 * time.Second)
+	relays := c.third.status(t).Self.PeerRelay
+	if relays == nil || relays.Flows != 1 || relays.Nodes != 2 || relays.Bytes == 0 {
+		t.Errorf("the third says of what it relays: %+v", relays)
+	}
+	dies := ping.now()
+	if err := unix.Kill(c.third.daemon(t), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2*relayKilledBar + time.Second)
+	c.wantByServer(t)
+	echoes := ping.stop(t)
+	before, after := trip(echoes, from-2*time.Second, from), trip(echoes, moved+time.Second, dies-inFlight)
+	gone := lost(slices.DeleteFunc(slices.Clone(echoes), func(e echo) bool { return e.sent < from || e.sent > dies-2*inFlight }))
+	gap := longestGap(answeredSince(echoes, dies-inFlight))
+	t.Logf("%v by the server, %v by the peer after %v, %d pings lost; gap %v when it died", before, after, took, gone, gap)
+	if before < serverTrip || after > peerRelayTrip || gone > 0 || gap > relayKilledBar {
+		t.Error("not as it is to be")
+	}
+	all.add("public third", whatMoved, took)
+	all.add("public third", whatGap, gap)
+	all.report(t)
+}
+
+// TestPeerRelayMapped has the third behind a NAT whose router maps ports, of the
+// kinds there are.
+func TestPeerRelayMapped(t *testing.T) {
+	needLab(t)
+	list := mappings()
+	if testing.Short() {
+		list = list[:1]
+	}
+	for _, kind := range list {
+		t.Run(string(kind), func(t *testing.T) {
+			c := newPeerCell(t, func(m *mesh) *Host { return mustLaptop(t, mustHardHome(t, m.Lab, "home-c", kind, nil), "carol") })
+			ping := startPing(t, c.a.Host, c.b.addr, 4*quickPing)
+			if _, err := ping.firstReply(directWait); err != nil {
+				t.Fatal(err)
+			}
+			took := c.wantByPeer(t)
+			wantMapped(t, c.third.home, 2)
+			moved := ping.now()
+			time.Sleep(5 * time.Second)
+			rtt := trip(ping.stop(t), moved+time.Second, moved+5*time.Second)
+			t.Logf("%s: %v by the peer after %v", kind, rtt, took)
+			if rtt > peerRelayTrip {
+				t.Errorf("a round trip takes %v", rtt)
+			}
+			if err := c.third.down(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			wantMapped(t, c.third.home, 0)
+		})
+	}
+}
+
+// TestPeerRelayIsLeftAlone has a pair that meets directly, and one whose server is
+// near: nobody sends anything to the third's relay.
+func TestPeerRelayIsLeftAlone(t *testing.T) {
+	needLab(t)
+	for _, nat := range []NAT{Masquerade, Random} {
+		t.Run(string(nat), func(t *testing.T) {
+			m := newMeshIn(t, Options{Delay: nearDelay})
+			third := m.join(t, mustServer(t, m.Lab, "carol"))
+			a, b := m.join(t, m.laptopAt(t, "a", nat)), m.join(t, m.laptopAt(t, "b", nat))
+			ping := startPing(t, a.Host, b.addr, slowPing)
+			if _, err := ping.firstReply(directWait); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(2 * peerRelaySpare)
+			relays := third.status(t).Self.PeerRelay
+			if relays == nil || relays.Nodes != 0 || relays.Bytes != 0 {
+				t.Errorf("the third says of what it relays: %+v", relays)
+			}
+			if p := pathTo(a.status(t), b.nodeName); p.Peer || (p.Kind == "direct") != (nat == Masquerade) {
+				t.Errorf("the path is %+v", p)
+			}
+		})
+	}
+}

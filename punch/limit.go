@@ -86,5 +86,6 @@ func (a *Agent) mayProbe(p *peer, q *pair, now time.Time) bool {
 		return true
 	}
 	return p.limits.take(q.addr, now, quota{pairRate, maxPairLimits}) &&
-		a.limits.take(q.addr.Addr(), now, quota{addressRate, maxAddresses})
+		a.limits.take(q.addr.Addr(), now, quota{addressRate, maxAddresses}) &&
+		p.mayOpen(q, now)
 }

@@ -71,6 +71,7 @@ type peer struct {
 	online    bool
 	pairs     []*pair // at most MaxCandidates, and MaxRelays relayed ones
 	limits    buckets[netip.AddrPort]
+	newcomers newcomers
 	checks    replay
 	signals   replay
 	counter   uint64 // of our checks and signals to it

@@ -236,6 +236,10 @@ func (a *Agent) tryOnce(r *round, now time.Time) {
 	if !a.allowed(t.to) {
 		return
 	}
+	// Who was heard there is a candidate, and under its limit.
+	if q := r.p.find(t.to, t.local); q != nil && !q.heard.IsZero() && !a.mayProbe(r.p, q, now) {
+		return
+	}
 	r.pace.take(now)
 	r.p.counter++
 	c := check{id: stun.NewTransactionID(), user: r.p.name, boot: a.boot, counter: r.p.counter}

@@ -131,6 +131,8 @@ func TestWriteAfterConnect(t *testing.T) {
 		return err
 	})
 	t.Cleanup(func() { close(busy) })
+	// The only signal there will be has to find its peer.
+	all[1].agent.SetPeer(punch.Peer{Key: all[0].key, Nonce: nonceOf([32]byte{}, all[0].key), Online: true})
 	connect(t, all)
 	if _, err := all[0].WriteTo([]byte("at once"), Addr{all[1].key}); err != nil {
 		t.Fatal(err)

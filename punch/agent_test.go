@@ -68,15 +68,19 @@ func TestHold(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		carry func(from, to *node) error
+		since time.Duration // the start
 		want  time.Duration
 	}{
-		{"opened", nil, 2 * oneWay},
-		{"silence", func(_, _ *node) error { return errLost }, maxHold},
-		{"no carrier", func(_, _ *node) error { return errNoCarrier }, shortHold},
+		{"opened", nil, 100 * time.Millisecond, 2 * oneWay},
+		{"silence", func(_, _ *node) error { return errLost }, 100 * time.Millisecond, maxHold},
+		{"no carrier yet", func(_, _ *node) error { return errNoCarrier }, 300 * time.Millisecond, maxHold - 300*time.Millisecond},
+		{"no carrier", func(_, _ *node) error { return errNoCarrier }, 2 * maxHold, shortHold},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inWorld(t, func(w *world) {
-				a, b := w.gathered(1, outerA), w.gathered(2, outerB)
+				b := w.gathered(2, outerB)
+				a := w.gathered(1, outerA)
+				rest(test.since - 100*time.Millisecond)
 				w.carry = test.carry
 				w.setDrop(func(x wire) bool { return x.from == b.outer })
 				a.online = false // b does not call

@@ -447,3 +447,30 @@ func TestDoubt(t *testing.T) {
 		}
 	})
 }
+
+// TestCallWhenSignalsPass has a call that nothing could carry repeated as soon as
+// the peer is seen at a relay, which carries it.
+func TestCallWhenSignalsPass(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := w.gathered(1, outerA), w.gathered(2, outerB)
+		w.setDrop(func(x wire) bool { return x.to == a.outer || x.to == b.outer })
+		w.setCarry(func(_, _ *node) error { return errNoCarrier })
+		meet(a, b)
+		a.SetRelays(b.key, []Relay{{Addr: b.handle(0)}})
+		rest(300 * time.Millisecond)
+		w.setCarry(nil)
+		heard := func() int {
+			e, _ := b.Explain(a.key)
+			return e.Signals.Heard
+		}
+		rest(300 * time.Millisecond)
+		if n := heard(); n > 0 {
+			t.Fatalf("%d signals heard before anything happened", n)
+		}
+		a.SetRelays(b.key, []Relay{{Addr: b.handle(0), Here: true}})
+		rest(2 * oneWay)
+		if n := heard(); n == 0 {
+			t.Error("the peer came to a relay and was not called")
+		}
+	})
+}

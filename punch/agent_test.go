@@ -73,7 +73,8 @@ func TestHold(t *testing.T) {
 	}{
 		{"opened", nil, 100 * time.Millisecond, 2 * oneWay},
 		{"silence", func(_, _ *node) error { return errLost }, 100 * time.Millisecond, maxHold},
-		{"no carrier yet", func(_, _ *node) error { return errNoCarrier }, 300 * time.Millisecond, maxHold - 300*time.Millisecond},
+		{"no carrier yet", func(_, _ *node) error { return errNoCarrier }, 300 * time.Millisecond, maxHold},
+		{"still no carrier", func(_, _ *node) error { return errNoCarrier }, 2*maxHold - 700*time.Millisecond, 700 * time.Millisecond},
 		{"no carrier", func(_, _ *node) error { return errNoCarrier }, 2 * maxHold, shortHold},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -358,8 +359,8 @@ func TestBackoff(t *testing.T) {
 			a.Demand(key)
 			rest(100 * time.Millisecond)
 		}
-		// At 0, then after 5, 10, 20, 40 s.
-		if w.talked() != 4 {
+		// At 0, said again three times, then after 5, 10, 20, 40 s.
+		if w.talked() != 4+maxRepeats {
 			t.Errorf("%d calls in a minute", w.talked())
 		}
 		rest(5 * time.Minute)

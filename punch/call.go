@@ -120,6 +120,9 @@ func (a *Agent) call(p *peer, now time.Time) {
 		return
 	}
 	a.signal(p, signalCall, now)
+	if p.recall = (recall{}); p.backoff == minBackoff {
+		p.recall.at = now.Add(repeatGap)
+	}
 }
 
 // open sends openers and starts the cadence on the pairs, or on those only that
@@ -148,7 +151,7 @@ func (a *Agent) unheard(p *peer, calls int) {
 	if p.calls != calls {
 		return
 	}
-	until := later(p.called.Add(shortHold), later(a.changed, a.began).Add(maxHold))
+	until := later(p.called.Add(shortHold), later(a.changed.Add(maxHold), a.began.Add(2*maxHold)))
 	if !until.Before(p.holdUntil) {
 		return
 	}

@@ -34,6 +34,7 @@ type Agent struct {
 
 	local   []netip.Prefix
 	port    uint16
+	began   time.Time
 	changed time.Time // last change of the network; zero: none since the start
 	servers []*server
 	mapped  []netip.AddrPort // SetMapped
@@ -97,6 +98,7 @@ func New(c Config) (*Agent, error) {
 		log:     c.Log,
 		private: private,
 		boot:    c.Boot,
+		began:   time.Now(),
 		wake:    make(chan struct{}, 1),
 		peers:   map[Key]*peer{},
 		users:   map[user]*peer{},

@@ -68,15 +68,20 @@ func TestHold(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		carry func(from, to *node) error
+		since time.Duration // the start
 		want  time.Duration
 	}{
-		{"opened", nil, 2 * oneWay},
-		{"silence", func(_, _ *node) error { return errLost }, maxHold},
-		{"no carrier", func(_, _ *node) error { return errNoCarrier }, shortHold},
+		{"opened", nil, 100 * time.Millisecond, 2 * oneWay},
+		{"silence", func(_, _ *node) error { return errLost }, 100 * time.Millisecond, maxHold},
+		{"no carrier yet", func(_, _ *node) error { return errNoCarrier }, 300 * time.Millisecond, maxHold},
+		{"still no carrier", func(_, _ *node) error { return errNoCarrier }, 2*maxHold - 700*time.Millisecond, 700 * time.Millisecond},
+		{"no carrier", func(_, _ *node) error { return errNoCarrier }, 2 * maxHold, shortHold},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inWorld(t, func(w *world) {
-				a, b := w.gathered(1, outerA), w.gathered(2, outerB)
+				b := w.gathered(2, outerB)
+				a := w.gathered(1, outerA)
+				rest(test.since - 100*time.Millisecond)
 				w.carry = test.carry
 				w.setDrop(func(x wire) bool { return x.from == b.outer })
 				a.online = false // b does not call
@@ -354,8 +359,8 @@ func TestBackoff(t *testing.T) {
 			a.Demand(key)
 			rest(100 * time.Millisecond)
 		}
-		// At 0, then after 5, 10, 20, 40 s.
-		if w.talked() != 4 {
+		// At 0, said again three times, then after 5, 10, 20, 40 s.
+		if w.talked() != 4+maxRepeats {
 			t.Errorf("%d calls in a minute", w.talked())
 		}
 		rest(5 * time.Minute)

@@ -120,6 +120,9 @@ func (a *Agent) call(p *peer, now time.Time) {
 		return
 	}
 	a.signal(p, signalCall, now)
+	if p.recall = (recall{}); p.backoff == minBackoff {
+		p.recall.at = now.Add(repeatGap)
+	}
 }
 
 // open sends openers and starts the cadence on the pairs, or on those only that
@@ -142,13 +145,13 @@ func (a *Agent) open(p *peer, now time.Time, untried bool) {
 }
 
 // unheard shortens the hold of a call that could not be signalled. Just after a
-// change of the network signals are only interrupted: the way that carries them
-// has to move too.
+// change of the network, or the start, signals are only interrupted: the way that
+// carries them has to come first.
 func (a *Agent) unheard(p *peer, calls int) {
 	if p.calls != calls {
 		return
 	}
-	until := later(p.called.Add(shortHold), a.changed.Add(maxHold))
+	until := later(p.called.Add(shortHold), later(a.changed.Add(maxHold), a.began.Add(2*maxHold)))
 	if !until.Before(p.holdUntil) {
 		return
 	}

@@ -11,10 +11,14 @@ const (
 	// sockets; those are prepared freshAhead earlier.
 	freshAfter = 800 * time.Millisecond
 	freshAhead = 300 * time.Millisecond
-	// Proposals that do not lead to a path are repeated with back-off; after one
-	// that was agreed to, its checks come first.
-	minFreshGap = 600 * time.Millisecond
+	// Proposals that do not lead to a path are repeated, the first few soon, because
+	// signals may be lost, then with back-off; after one that was agreed to, its
+	// checks come first.
+	minFreshGap = 200 * time.Millisecond
 	maxFreshGap = time.Minute
+	soonFresh   = 5
+	// freshRate is how many proposals of a peer are answered in a second.
+	freshRate   = 6
 	freshChecks = 2 * time.Second
 	// freshFor is how long a mapping is surely as a server saw it.
 	freshFor = 20 * time.Second
@@ -40,13 +44,14 @@ type fresh struct {
 
 // outing is how the meeting of fresh sockets with one peer stands.
 type outing struct {
-	next   time.Time // not proposed before
-	gap    time.Duration
-	told   uint16    // port of our socket that the peer was told of
-	spent  bool      // it was agreed to
-	asked  time.Time // the peer proposed; zero: it did not, or was answered
-	agreed time.Time // when we answered last
-	theirs netip.AddrPort
+	next    time.Time // not proposed before
+	gap     time.Duration
+	count   int       // proposals
+	told    uint16    // port of our socket that the peer was told of
+	spent   bool      // it was agreed to
+	asked   time.Time // the peer proposed; zero: it did not, or was answered
+	answers bucket
+	theirs  netip.AddrPort
 }
 
 // seekFresh proposes a meeting, or agrees to one, when calls fail between two
@@ -75,7 +80,11 @@ func (a *Agent) proposeFresh(p *peer, now time.Time) {
 	if !a.prepareFresh(now) || !a.leads(p) || now.Before(later(start, o.next)) {
 		return
 	}
-	o.gap = min(max(2*o.gap, minFreshGap), maxFreshGap)
+	if o.count++; o.count <= soonFresh {
+		o.gap = minFreshGap
+	} else {
+		o.gap = min(2*o.gap, maxFreshGap)
+	}
 	o.next, o.told = now.Add(o.gap), a.hard.fresh.port
 	a.signal(p, signalFresh, now)
 }
@@ -185,7 +194,6 @@ func (a *Agent) agreeFresh(p *peer, now time.Time) {
 		return
 	}
 	if q := a.learn(p, o.theirs, f.port); q != nil {
-		o.agreed = now
 		a.sendCheck(p, q, outgoing{now: now, from: q.from(), ttl: openerTTL})
 		a.signal(p, signalMeet, now)
 	}
@@ -197,7 +205,7 @@ func (a *Agent) freshSignal(p *peer, s *signal, now time.Time) {
 	to := s.hard.addr
 	switch {
 	case a.cfg.OpenSockets == nil:
-	case s.kind == signalFresh && !a.leads(p) && now.Sub(o.agreed) >= minFreshGap/2:
+	case s.kind == signalFresh && !a.leads(p) && o.answers.take(now, freshRate):
 		o.asked, o.theirs = now, to
 	case s.kind == signalMeet && a.leads(p) && f.mapped.IsValid() && f.port == o.told && !o.spent && a.observed(p, to):
 		q := a.learn(p, to, f.port)
@@ -205,6 +213,7 @@ func (a *Agent) freshSignal(p *peer, s *signal, now time.Time) {
 			return
 		}
 		o.spent, o.next = true, later(o.next, now.Add(freshChecks))
+		o.gap, o.count = max(o.gap, freshChecks/2), max(o.count, soonFresh)
 		q.clear = now.Add(openFor)
 		q.attempt, q.next, q.held = 0, now, false
 	}

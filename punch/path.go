@@ -140,6 +140,7 @@ func (a *Agent) step(p *peer, now time.Time) {
 	if p.wantCall && p.talk.ready(now, signalRate) {
 		a.call(p, now)
 	}
+	a.repeatCall(p, now)
 	a.seekHard(p, now)
 	a.seekFresh(p, now)
 	a.round(p, now)
@@ -443,7 +444,7 @@ func (p *peer) next(a *Agent, now time.Time) time.Time {
 	if p.wantProbe {
 		return now
 	}
-	next := earliest(p.retryAt, p.copying.until, a.hardNext(p, now), a.freshNext(p, now))
+	next := earliest(p.retryAt, p.recall.at, p.copying.until, a.hardNext(p, now), a.freshNext(p, now))
 	for _, q := range p.pairs {
 		next = earliest(next, q.next, q.late)
 	}

@@ -97,6 +97,7 @@ type peer struct {
 	released  [2]bool          // by an authenticated check, per family
 	holdUntil time.Time        // full TTL towards unverified public pairs before: no
 	retryAt   time.Time
+	recall    recall
 	backoff   time.Duration
 	talk      bucket // signals
 

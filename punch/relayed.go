@@ -74,7 +74,7 @@ func (a *Agent) SetRelays(k Key, list []Relay) {
 }
 
 // setRelay adds or updates a relay. While there is no direct path, a relay where
-// the peer came up is checked.
+// the peer came up is checked, and a call that nothing could carry is repeated.
 func (p *peer) setRelay(r Relay, now time.Time) {
 	addr := plain(r.Addr)
 	if !addr.IsValid() {
@@ -92,6 +92,7 @@ func (p *peer) setRelay(r Relay, now time.Time) {
 		q.suspect = false
 		if p.direct() == nil && p.wanted(now) {
 			q.attempt, q.next = 0, now
+			p.wantCall = p.wantCall || p.talked.Err != nil
 		}
 	}
 	if q.here && !r.Here {

@@ -448,3 +448,66 @@ func TestDoubt(t *testing.T) {
 		}
 	})
 }
+
+// TestCallWhenSignalsPass has a call that nothing could carry repeated as soon as
+// the peer is seen at a relay, which carries it.
+func TestCallWhenSignalsPass(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := w.gathered(1, outerA), w.gathered(2, outerB)
+		w.setDrop(func(x wire) bool { return x.to == a.outer || x.to == b.outer })
+		w.setCarry(func(_, _ *node) error { return errNoCarrier })
+		meet(a, b)
+		a.SetRelays(b.key, []Relay{{Addr: b.handle(0)}})
+		rest(300 * time.Millisecond)
+		w.setCarry(nil)
+		heard := func() int {
+			e, _ := b.Explain(a.key)
+			return e.Signals.Heard
+		}
+		rest(300 * time.Millisecond)
+		if n := heard(); n > 0 {
+			t.Fatalf("%d signals heard before anything happened", n)
+		}
+		a.SetRelays(b.key, []Relay{{Addr: b.handle(0), Here: true}})
+		rest(2 * oneWay)
+		if n := heard(); n == 0 {
+			t.Error("the peer came to a relay and was not called")
+		}
+	})
+}
+
+// TestCallRepeated has the first signals of a call lost, as a relay over UDP loses
+// some: they are said again, a few times, until the peer says anything.
+func TestCallRepeated(t *testing.T) {
+	for _, test := range []struct {
+		lost, want int
+		within     time.Duration
+	}{{1, 2, 300 * time.Millisecond}, {2, 3, 900 * time.Millisecond}, {100, 1 + maxRepeats, 4500 * time.Millisecond}} {
+		inWorld(t, func(w *world) {
+			a, b := w.gathered(1, outerA), w.gathered(2, outerB)
+			a.online = false // b does not call
+			if test.lost > maxRepeats {
+				w.setDrop(func(x wire) bool { return x.to == b.outer })
+			}
+			count := 0
+			w.setCarry(func(from, _ *node) error {
+				if from != a {
+					return nil
+				}
+				if count++; count <= test.lost {
+					return errLost
+				}
+				return nil
+			})
+			meet(a, b)
+			rest(test.within)
+			if count != test.want {
+				t.Errorf("%d lost: %d signals in %v, want %d", test.lost, count, test.within, test.want)
+			}
+			if test.lost < test.want {
+				rest(8 * oneWay)
+				a.wantPath(b, b.outer)
+			}
+		})
+	}
+}

@@ -260,6 +260,7 @@ func (a *Agent) handleSignal(p *peer, s *signal, now time.Time) {
 	}
 	a.log.Debug("signal received", "peer", p, "kind", s.kind, "candidates", len(s.candidates))
 	p.openTo, p.openAt = s.opened, now
+	p.recall = recall{}
 	p.search.Answered = true
 	p.talked.Heard++
 	p.talked.LastHeard = now

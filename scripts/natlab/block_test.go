@@ -1,0 +1,69 @@
+package natlab
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// TestBlockRounds lets many pairs of networks that draw their ports from blocks
+// try for four rounds, of which there is one in a minute. Most of the time they
+// wait, so several labs do so side by side.
+func TestBlockRounds(t *testing.T) {
+	needLab(t)
+	if testing.Short() {
+		t.Skip("four rounds take more than three minutes")
+	}
+	const (
+		labs, each  = 5, 4
+		first, four = 20 * time.Second, 215 * time.Second
+		// What three standard deviations of so few runs leave of one in five, and of
+		// three in five.
+		leastFirst, leastFour = 1, 7
+	)
+	cell := Cell{Group: "block-block", One: at(Block), Two: at(Block), Bar: within(four, 0.6)}
+	runs := make(chan Run, labs*each)
+	var g errgroup.Group
+	for range labs {
+		p, err := cell.Build(t.Context(), Options{Log: quiet(), Binary: os.Getenv(envBinary)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			p.explain(t)
+			if err := p.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		g.Go(func() error {
+			for i := range each {
+				r, err := p.Run(t.Context(), i)
+				if err != nil {
+					return err
+				}
+				t.Logf("%+v", r)
+				runs <- r
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	close(runs)
+	early, late := 0, 0
+	for r := range runs {
+		switch {
+		case r.Direct && r.After <= first:
+			early++
+		case r.Direct && r.After <= four:
+			late++
+		}
+	}
+	t.Logf("of %d runs %d were direct in the first round, %d within four", labs*each, early, early+late)
+	if early < leastFirst || early+late < leastFour {
+		t.Errorf("%d and %d of %d runs", early, early+late, labs*each)
+	}
+}

@@ -43,15 +43,22 @@ func (t *Table) Flush() {
 	t.t.flush()
 }
 
-// Flows is how many flows live.
-func (t *Table) Flows() int {
+// Each calls f for every flow that lives; f must not use the table.
+func (t *Table) Each(f func(inside, outside, remote netip.AddrPort)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	count := 0
 	for _, m := range t.t.byPort {
-		if t.t.held(m) {
-			count += len(m.flows)
+		if !t.t.held(m) {
+			continue
+		}
+		for remote := range m.flows {
+			f(m.inside, m.outside, remote)
 		}
 	}
+}
+
+// Flows is how many flows live.
+func (t *Table) Flows() (count int) {
+	t.Each(func(_, _, _ netip.AddrPort) { count++ })
 	return count
 }

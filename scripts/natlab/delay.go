@@ -31,11 +31,20 @@ const (
 type Line struct {
 	// Delay is the time one packet spends in the line, one way.
 	Delay time.Duration
-	// Loss is the share of packets, 0 to 1, that vanish.
-	Loss float64
+	// Loss is the share of packets, 0 to 1, that vanish, and Burst how many of them
+	// in a row do on average; up to 1 each vanishes by itself.
+	Loss  float64
+	Burst float64
 	// Reorder is the share of packets, 0 to 1, that stay Late longer.
 	Reorder float64
 	Late    time.Duration
+	// Jitter is by how much at most a packet stays shorter or longer than Delay.
+	Jitter time.Duration
+	// Rate is how many bits pass in a second, headers of IP included; zero is no
+	// limit. Queue is how long a packet may wait for its turn; what would have to
+	// wait longer vanishes.
+	Rate  int
+	Queue time.Duration
 	// Seed makes what happens to the nth packet repeatable.
 	Seed uint64
 }
@@ -48,12 +57,14 @@ type Line struct {
 // Packets have a virtio header, so that UDP trains stay whole: cut into
 // datagrams they would fill the two cores before the tunnels under test do.
 type delayLine struct {
-	queue, late chan heldPacket
-	held        atomic.Int64 // bytes in both
+	queue, late, shaken chan heldPacket
+	held                atomic.Int64 // bytes in all of them
 
 	mu     sync.Mutex
 	line   Line
 	random *rand.Rand
+	bad    bool      // packets vanish now
+	free   time.Time // when all that has its turn has passed
 }
 
 type heldPacket struct {
@@ -62,7 +73,7 @@ type heldPacket struct {
 }
 
 func newDelayLine(delay time.Duration, loss float64) *delayLine {
-	d := &delayLine{queue: make(chan heldPacket, delayPackets), late: make(chan heldPacket, delayPackets)}
+	d := &delayLine{queue: make(chan heldPacket, delayPackets), late: make(chan heldPacket, delayPackets), shaken: make(chan heldPacket, delayPackets)}
 	d.set(Line{Delay: delay, Loss: loss})
 	return d
 }
@@ -71,6 +82,7 @@ func (d *delayLine) set(line Line) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.line, d.random = line, rand.New(rand.NewPCG(line.Seed, line.Seed))
+	d.bad, d.free = false, time.Time{}
 }
 
 // run moves packets until the context ends; it closes the device.
@@ -81,6 +93,7 @@ func (d *delayLine) run(ctx context.Context, dev io.ReadWriteCloser) error {
 	g.Go(func() error { return d.receive(dev) })
 	g.Go(func() error { return d.send(d.queue, dev) })
 	g.Go(func() error { return d.send(d.late, dev) })
+	g.Go(func() error { return d.sendSorted(d.shaken, dev) })
 	if err := g.Wait(); err != nil && ctx.Err() == nil {
 		return err
 	}
@@ -90,6 +103,7 @@ func (d *delayLine) run(ctx context.Context, dev io.ReadWriteCloser) error {
 func (d *delayLine) receive(dev io.Reader) error {
 	defer close(d.queue)
 	defer close(d.late)
+	defer close(d.shaken)
 	buf := make([]byte, delayBuffer)
 	for {
 		n, err := dev.Read(buf)
@@ -116,14 +130,14 @@ func (d *delayLine) pass(packet []byte) {
 	defer d.mu.Unlock()
 	now := time.Now()
 	t, ok := trainOf(packet)
-	if !ok || d.line.Loss == 0 && d.line.Reorder == 0 {
+	if !ok || d.line.Loss == 0 && d.line.Reorder == 0 && !d.line.each() {
 		d.hold(now, slices.Clone(packet), d.fate())
 		return
 	}
 	first, last := 0, d.fate()
 	for i := 1; i < t.datagrams(); i++ {
 		next := d.fate()
-		if next == onTime && last == onTime {
+		if next == onTime && last == onTime && !d.line.each() {
 			continue
 		}
 		d.hold(now, t.cut(first, i), last)
@@ -133,7 +147,7 @@ func (d *delayLine) pass(packet []byte) {
 }
 
 func (d *delayLine) fate() fate {
-	if d.line.Loss > 0 && d.random.Float64() < d.line.Loss {
+	if d.lost() {
 		return vanished
 	}
 	if d.line.Reorder > 0 && d.random.Float64() < d.line.Reorder {
@@ -143,12 +157,19 @@ func (d *delayLine) fate() fate {
 }
 
 func (d *delayLine) hold(now time.Time, data []byte, f fate) {
-	queue, due := d.queue, now.Add(d.line.Delay)
-	switch {
-	case f == vanished || d.held.Load() > delayBytes:
+	if f == vanished || d.held.Load() > delayBytes {
 		return
+	}
+	turn, ok := d.turn(now, len(data)-virtioHeader)
+	if !ok {
+		return
+	}
+	queue, due := d.queue, turn.Add(d.line.Delay)
+	switch {
 	case f == tooLate:
 		queue, due = d.late, due.Add(d.line.Late)
+	case d.line.Jitter > 0:
+		queue, due = d.shaken, due.Add(d.jitter())
 	}
 	select {
 	case queue <- heldPacket{due, data}:
@@ -160,10 +181,17 @@ func (d *delayLine) hold(now time.Time, data []byte, f fate) {
 func (d *delayLine) send(queue <-chan heldPacket, dev io.Writer) error {
 	for p := range queue {
 		time.Sleep(time.Until(p.due))
-		d.held.Add(-int64(len(p.data)))
-		if _, err := dev.Write(p.data); errors.Is(err, os.ErrClosed) {
-			return fmt.Errorf("write to delay line: %w", err)
+		if err := d.deliver(p, dev); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+func (d *delayLine) deliver(p heldPacket, dev io.Writer) error {
+	d.held.Add(-int64(len(p.data)))
+	if _, err := dev.Write(p.data); errors.Is(err, os.ErrClosed) {
+		return fmt.Errorf("write to delay line: %w", err)
 	}
 	return nil
 }

@@ -83,6 +83,7 @@ type Lab struct {
 	carriers int
 	servers  int
 	legs     int
+	accesses int
 }
 
 // New builds an empty Internet: a core router with its delay line. It first

@@ -69,6 +69,10 @@ func climb(t *testing.T, c Cell) {
 	if !o.Reached() {
 		t.Errorf("%d of %d connected, %d direct, median %v, worst %v: the bar is %+v", o.Connected(), len(o.Runs), o.Direct(), median, worst, c.Bar)
 	}
+	t.Logf("a router had %+v at most, the limit is %+v", o.Routers(), c.Limit())
+	if excess := o.Excess(); excess != "" {
+		t.Error(excess)
+	}
 	if c.Bar.Relay && o.Direct() > 0 {
 		t.Errorf("%d of %d became direct: the lab lets through what it should not, or the bar is too low", o.Direct(), len(o.Runs))
 	}
@@ -124,15 +128,16 @@ func TestOutcome(t *testing.T) {
 		"not connected":  {bar, []Run{ok(50 * ms), ok(90 * ms), ok(60 * ms), {}}, false},
 		"relay":          {Bar{Relay: true}, []Run{never, never}, true},
 		"relay that not": {Bar{Relay: true}, []Run{never, {}}, false},
+		"full router":    {bar, []Run{ok(50 * ms), ok(60 * ms), {Connected: true, Direct: true, After: 50 * ms, Excess: "too many"}}, false},
 	} {
 		if got := (Outcome{Cell{Bar: c.bar}, c.runs}).Reached(); got != c.reached {
 			t.Errorf("%s: %v", name, got)
 		}
 	}
-	o := Outcome{Runs: []Run{{Direct: true, After: 3, Spent: 9, Entries: 4}, {Direct: true, After: 5, Spent: 2}, {Spent: 7}}}
+	o := Outcome{Runs: []Run{{Direct: true, After: 3, Spent: 9, Routers: Tracked{4, 2, 1}}, {Direct: true, After: 5, Spent: 2}, {Spent: 7, Routers: Tracked{3, 3, 0}}}}
 	median, worst := o.After()
 	spent, most := o.Spent()
-	if median != 3 || worst != 5 || spent != 7 || most != 9 || o.Entries() != 4 || o.Direct() != 2 {
-		t.Errorf("%v %v %d %d %d %d", median, worst, spent, most, o.Entries(), o.Direct())
+	if median != 3 || worst != 5 || spent != 7 || most != 9 || o.Routers() != (Tracked{4, 3, 1}) || o.Direct() != 2 {
+		t.Errorf("%v %v %d %d %+v %d", median, worst, spent, most, o.Routers(), o.Direct())
 	}
 }

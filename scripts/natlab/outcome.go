@@ -48,12 +48,22 @@ func (o Outcome) Spent() (median, most int) {
 	return middle(all)
 }
 
-// Entries is the most flows that a router had at once in any run.
-func (o Outcome) Entries() (most int) {
+// Routers is the most that a router had in its table in any run.
+func (o Outcome) Routers() (most Tracked) {
 	for _, r := range o.Runs {
-		most = max(most, r.Entries)
+		most = most.most(r.Routers)
 	}
 	return most
+}
+
+// Excess says of the first run that left more in a router than may be; empty: none.
+func (o Outcome) Excess() string {
+	for _, r := range o.Runs {
+		if r.Excess != "" {
+			return r.Excess
+		}
+	}
+	return ""
 }
 
 // Via are the ways by which it was connected in the end, those of both sides when
@@ -67,10 +77,13 @@ func (o Outcome) Via() (all []string) {
 	return all
 }
 
-// Reached says that the runs reach the bar. A run that is direct too late counts
-// as none.
+// Reached says that the runs reach the bar, and left no more in the routers than
+// may be. A run that is direct too late counts as none.
 func (o Outcome) Reached() bool {
 	bar := o.Cell.Bar
+	if o.Excess() != "" {
+		return false
+	}
 	if bar.Relay {
 		return o.Connected() == len(o.Runs)
 	}

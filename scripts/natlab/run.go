@@ -8,7 +8,6 @@ import (
 	"os"
 	"regexp"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -26,10 +25,11 @@ type Run struct {
 	Via       string        `json:"via"`
 	Reply     time.Duration `json:"replyNs"`
 	// Spent is how many packets both nodes sent to find a path, until then or the
-	// end; Entries the most flows that a router had in its table at once, all
-	// those to the server included.
-	Spent   int `json:"packetsSpent"`
-	Entries int `json:"conntrackEntries"`
+	// end; Routers what a router had in its table at most, and Excess says that this
+	// was more than may be.
+	Spent   int     `json:"packetsSpent"`
+	Routers Tracked `json:"routers"`
+	Excess  string  `json:"excess,omitempty"`
 }
 
 // replyGrace is how long a reply may take once both nodes are direct, or the run
@@ -45,7 +45,7 @@ func (p *Pair) Run(ctx context.Context, number int) (r Run, err error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	var g errgroup.Group
-	g.Go(func() error { r.Entries = p.countEntries(ctx); return nil })
+	g.Go(func() error { r.Routers, r.Excess = p.watchRouters(ctx); return nil })
 	g.Go(func() error { return p.churn(ctx) })
 	g.Go(func() error {
 		defer stop()
@@ -175,38 +175,6 @@ func (p *Pair) spent(ctx context.Context, r *Run) error {
 		}
 	}
 	return nil
-}
-
-// countEntries looks at the tables of all routers until the context ends.
-func (p *Pair) countEntries(ctx context.Context) int {
-	const pace = 50 * time.Millisecond
-	most := 0
-	for ctx.Err() == nil {
-		for _, r := range p.routers {
-			// A router that cannot tell now is asked again soon.
-			if n, err := r.entries(); err == nil {
-				most = max(most, n)
-			}
-		}
-		time.Sleep(pace)
-	}
-	return most
-}
-
-// entries is how many flows the router's table has.
-func (h *Home) entries() (n int, err error) {
-	err = h.inside(func() error {
-		text, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
-		if err != nil {
-			return fmt.Errorf("count flows: %w", err)
-		}
-		n, err = strconv.Atoi(strings.TrimSpace(string(text)))
-		return err
-	})
-	if h.table != nil {
-		n += h.table.Flows()
-	}
-	return n, err
 }
 
 // churn makes the unrelated flows of a cell until the context ends.

@@ -98,8 +98,8 @@ func (t *cellTable) run(ctx context.Context, o *options) (err error) {
 			return err
 		}
 		t.outcome.Runs = append(t.outcome.Runs, r)
-		fmt.Fprintf(os.Stderr, "  %d: direct %v after %v, by %s, %d packets, %d flows\n",
-			i, r.Direct, r.After.Round(time.Millisecond), r.Via, r.Spent, r.Entries)
+		fmt.Fprintf(os.Stderr, "  %d: direct %v after %v, by %s, %d packets, %+v in a router\n",
+			i, r.Direct, r.After.Round(time.Millisecond), r.Via, r.Spent, r.Routers)
 	}
 	return nil
 }
@@ -118,7 +118,7 @@ func (t *cellTable) count(o *options) int {
 func (m *matrix) print() error {
 	var text bytes.Buffer
 	fmt.Fprintf(&text, "\n%s; times from the first packet on, in seconds\n\n", m.Machine)
-	cells := [][]string{{"cell", "runs", "connected", "direct", "median", "worst", "packets spent", "flows at most", "by", "bar", "reached"}}
+	cells := [][]string{{"cell", "runs", "connected", "direct", "median", "worst", "packets spent", "router entries, peak", "by", "bar", "reached"}}
 	for _, t := range m.Cells {
 		cells = append(cells, t.line())
 	}
@@ -147,8 +147,14 @@ func (t *cellTable) line() []string {
 	}
 	return []string{
 		t.Cell, fmt.Sprint(n), of(o.Connected()), of(o.Direct()), times[0], times[1], fmt.Sprintf("%d, at most %d", spent, most),
-		fmt.Sprint(o.Entries()), strings.Join(o.Via(), ", "), barText(t.Bar), reached,
+		entriesText(o.Routers(), t.outcome.Cell.Limit()), strings.Join(o.Via(), ", "), barText(t.Bar), reached,
 	}
+}
+
+// entriesText is how many flows a router had for the search, of how many it may, and
+// how many of all.
+func entriesText(t, limit natlab.Tracked) string {
+	return fmt.Sprintf("%d of %d, %d with servers", t.Search, limit.Search, t.All)
 }
 
 func barText(b natlab.Bar) string {

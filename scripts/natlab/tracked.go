@@ -1,0 +1,165 @@
+package natlab
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"overlay/punch"
+)
+
+// Tracked is what a router has in its table at one moment, or the most of each of
+// several moments.
+type Tracked struct {
+	// All are the flows, Search those of them by which the two nodes look for each
+	// other: neither with a server or the Internet's core nor with the router itself,
+	// and not those of strangers. Ports are the outer ports that these leave from.
+	All    int `json:"all"`
+	Search int `json:"search"`
+	Ports  int `json:"ports"`
+}
+
+func (t Tracked) most(u Tracked) Tracked {
+	return Tracked{All: max(t.All, u.All), Search: max(t.Search, u.Search), Ports: max(t.Ports, u.Ports)}
+}
+
+// within says that nothing is more than in the limit.
+func (t Tracked) within(limit Tracked) bool {
+	return t.Search <= limit.Search && t.Ports <= limit.Ports
+}
+
+// The limits of a hard round: packets, each of which may make a flow, and sockets.
+const (
+	lawPackets = 1200
+	lawSockets = 256
+	// lawTCP is how many addresses of a peer are tried by TCP at a time.
+	lawTCP = 4
+)
+
+// Limit is what looking for each other may leave in a router's table: one flow for
+// each candidate of the peer, from one port, the same the other way round where the
+// router takes in what comes unasked, and what a hard round may, where there is one:
+// half of the block of ports where the ports are from one. A node makes one round in
+// a minute, so no run has two.
+func (c Cell) Limit() Tracked {
+	l := Tracked{Search: 2 * (punch.MaxCandidates + lawTCP), Ports: 1 + lawTCP}
+	places := []Place{c.One, c.Two}
+	if slices.ContainsFunc(places, Place.guessed) {
+		l.Search += lawPackets
+		l.Ports += lawSockets
+	}
+	if c.Together != "" { // both nodes are behind one router
+		l.Search, l.Ports = 2*l.Search, 2*l.Ports
+	}
+	return l
+}
+
+// guessed says that the ports of a place can only be guessed.
+func (p Place) guessed() bool { return p.NAT.guessed() || p.Carrier.guessed() }
+
+func (n NAT) guessed() bool {
+	return slices.Contains([]NAT{Sequential, SequentialDown, Random, Block512, Block, Block2048, AddressMapped, RandomOpen, Stride}, n)
+}
+
+// block is how many ports a router gives out; 0: it has no block.
+func (n NAT) block() int { return map[NAT]int{Block512: 512, Block: 1024, Block2048: 2048}[n] }
+
+// limit is the cell's for one router.
+func (p *Pair) limit(r *Home) Tracked {
+	l := p.cell.Limit()
+	if size := r.nat.block(); size > 0 {
+		l.Ports = min(l.Ports, 1+size/2)
+	}
+	return l
+}
+
+// watchRouters looks at the tables of all routers until the context ends. The text
+// says of a router that it had more than the limit allows.
+func (p *Pair) watchRouters(ctx context.Context) (most Tracked, excess string) {
+	const pace = 50 * time.Millisecond
+	for ctx.Err() == nil {
+		for _, r := range p.routers {
+			// A router that cannot tell now is asked again soon.
+			t, err := r.tracked(p.strangers)
+			if err != nil {
+				continue
+			}
+			most = most.most(t)
+			if limit := p.limit(r); excess == "" && !t.within(limit) {
+				excess = fmt.Sprintf("router %s has %+v in its table, the limit is %+v", r.name, t, limit)
+			}
+		}
+		time.Sleep(pace)
+	}
+	return most, excess
+}
+
+// trackedFlow is a flow in a router's table: who began it with whom, and where it
+// seems to come from.
+type trackedFlow struct {
+	from, to netip.Addr
+	outside  netip.AddrPort
+}
+
+// tracked counts what the router's table has.
+func (h *Home) tracked(strangers []*Host) (t Tracked, err error) {
+	flows, err := h.flows()
+	if err != nil {
+		return t, err
+	}
+	ports := map[netip.AddrPort]bool{}
+	t.All = len(flows)
+	for _, f := range flows {
+		own := f.to == h.router() || f.to.IsMulticast() || f.to == netip.IPv4Unspecified()
+		if own || served(f.from) || served(f.to) || slices.ContainsFunc(strangers, func(s *Host) bool { return s.addr == f.from }) {
+			continue
+		}
+		t.Search++
+		if f.outside.Addr() == h.WAN() {
+			ports[f.outside] = true
+		}
+	}
+	t.Ports = len(ports)
+	return t, nil
+}
+
+// served says that an address is a server's or the core's.
+func served(a netip.Addr) bool {
+	return netip.PrefixFrom(gateway(), 24).Contains(a) || netip.PrefixFrom(serverPrefix6(0).Addr(), 48).Contains(a)
+}
+
+// flows are all in the tables of the kernel and of the program that translates.
+func (h *Home) flows() (all []trackedFlow, err error) {
+	err = h.inside(func() error {
+		for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+			list, err := netlink.ConntrackTableList(netlink.ConntrackTable, family)
+			if err != nil {
+				return fmt.Errorf("list flows of %s: %w", h.name, err)
+			}
+			for _, f := range list {
+				all = append(all, trackedFlow{
+					from: ipOf(f.Forward.SrcIP), to: ipOf(f.Forward.DstIP),
+					outside: netip.AddrPortFrom(ipOf(f.Reverse.DstIP), f.Reverse.DstPort),
+				})
+			}
+		}
+		return nil
+	})
+	if h.table != nil {
+		h.table.Each(func(inside, outside, remote netip.AddrPort) {
+			all = append(all, trackedFlow{from: inside.Addr(), to: remote.Addr(), outside: outside})
+		})
+	}
+	return all, err
+}
+
+func ipOf(ip net.IP) netip.Addr {
+	a, _ := netip.AddrFromSlice(ip)
+	return a.Unmap()
+}

@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -141,7 +142,8 @@ func (l *links) base(p linkPeer) (least time.Duration) {
 }
 
 // offersNow lists the nodes that relay for others, with how far they are: as far as
-// the direct path to them is, or the link.
+// the link to them, or else the direct path or the last link, of which neither is
+// measured often.
 func (l *links) offersNow(now time.Time) []peerOffer {
 	list := l.cfg.offers()
 	for i := range list {
@@ -151,11 +153,11 @@ func (l *links) offersNow(now time.Time) []peerOffer {
 			o.trip = path.RTT
 		}
 		l.mu.Lock()
+		if last := l.trips[k]; last > 0 && (o.trip == 0 || last < o.trip) {
+			o.trip = last
+		}
 		if link := l.open[k]; link != nil && link.up() {
-			o.up = true
-			if link.state.RTT > 0 {
-				o.trip = link.state.RTT
-			}
+			o.up, o.trip = true, cmp.Or(link.state.RTT, o.trip)
 		}
 		l.mu.Unlock()
 		o.rests = func(peer punch.Key) bool { return l.via.resting(trial{k, peer}, now) }

@@ -130,7 +130,7 @@ func (p *pcp) assign(ctx context.Context, w want) (grant, error) {
 		return grant{}, err
 	}
 	if answer.result != pcpSuccess {
-		return grant{}, &refusal{fmt.Errorf("the router refuses: PCP result %d", answer.result)}
+		return grant{}, &refusal{fmt.Errorf("the router refuses: %s", resultText(PCP, int(answer.result)))}
 	}
 	p.epoch.mapped()
 	return grant{answer.external, answer.lifetime}, nil

@@ -250,6 +250,7 @@ func (a *Agent) tryOnce(r *round, now time.Time) {
 // endRound closes what the round does not need any more.
 func (a *Agent) endRound(now time.Time) {
 	h := &a.hard
+	h.round.p.meeting.past.over(h.round, now)
 	a.log.Debug("hard round over", "peer", h.round.p, "packets", h.round.count, "direct", h.round.p.direct() != nil)
 	h.round = nil
 	if h.job.base {

@@ -1,8 +1,10 @@
 package overlay
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
@@ -96,7 +98,7 @@ func readSaved(st store) saved {
 	for name, v := range map[string]any{settingsFile: &c, meshFile: &m, netmapFile: &k} {
 		_, _ = st.load(name, v) // none, not for us, or damaged: all the same here
 	}
-	s := saved{name: c.Name, server: c.Server, mappingOff: c.PortMapping == portMappingOff}
+	s := saved{name: savedName(&m, c.Name), server: c.Server, mappingOff: c.PortMapping == portMappingOff}
 	if s.server == "" && len(m.Servers) > 0 {
 		s.server = m.Servers[0]
 	}
@@ -104,6 +106,16 @@ func readSaved(st store) saved {
 		s.server, s.addrs = k.Relay.Server, k.Relay.Addrs
 	}
 	return s
+}
+
+// savedName is that of the membership; what was asked for where there is none.
+func savedName(m *membership, wish string) string {
+	r, err := newRoster(m, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return wish
+	}
+	cert, _ := r.mesh.Device(r.self)
+	return cmp.Or(cert.Name, wish)
 }
 
 // servers are where to ask.

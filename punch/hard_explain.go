@@ -61,8 +61,9 @@ const (
 // pastRounds is what is remembered of rounds with a peer.
 type pastRounds struct {
 	last    sketch
-	packets int // of the last one
-	spent   int // of all
+	began   time.Time // of the last one
+	packets int       // of the last one
+	spent   int       // of all
 	end     RoundEnd
 }
 
@@ -88,6 +89,7 @@ func (p plan) sketch() sketch {
 func (p *pastRounds) over(r *round, now time.Time) {
 	p.last, p.packets, p.end = r.sketch(), r.count, RoundSpent
 	p.spent += r.count
+	p.began = r.first
 	switch {
 	case r.p.direct() != nil:
 		p.end = RoundFound
@@ -105,12 +107,13 @@ func (p *pastRounds) over(r *round, now time.Time) {
 func (a *Agent) rounds(p *peer, now time.Time) Rounds {
 	m := &p.meeting
 	s := m.past.last
-	r := Rounds{InVain: m.rounds, Packets: m.past.packets, Spent: m.past.spent, Began: m.began, Ended: m.past.end}
+	r := Rounds{InVain: m.rounds, Packets: m.past.packets, Spent: m.past.spent, Began: m.past.began, Ended: m.past.end}
 	at := a.hard.round
 	switch {
 	case at != nil && at.p == p:
 		s = at.sketch()
 		r.InVain--
+		r.Began = at.first
 		r.Packets, r.Spent, r.Ended = at.count, r.Spent+at.count, ""
 		r.State = RoundPreparing
 		if at.stage == running {

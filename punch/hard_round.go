@@ -27,6 +27,7 @@ type round struct {
 	based bool // our own port is sampled
 	ports []uint16
 
+	first time.Time // when it was agreed on
 	began time.Time // of the stage
 	next  time.Time
 	count int // packets that left
@@ -63,7 +64,7 @@ func (a *Agent) begin(p *peer, plan plan, now time.Time) {
 	h.began, p.meeting.began = now, now
 	p.meeting.rounds++
 	p.meeting.backoff = 0
-	h.round = &round{plan: plan, p: p, stage: preparing, began: now, next: now, sent: map[transactionID]trial{}}
+	h.round = &round{plan: plan, p: p, stage: preparing, first: now, began: now, next: now, sent: map[transactionID]trial{}}
 	p.meeting.kind = plan.kind
 	a.log.Debug("hard round", "peer", p, "type", plan.kind, "sockets", plan.sockets, "targets", len(plan.targets))
 	a.notify()

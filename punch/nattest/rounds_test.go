@@ -49,6 +49,9 @@ func TestRoundsFound(t *testing.T) {
 			if r.State != punch.RoundNone || r.Ended != punch.RoundFound || r.Kind != punch.Predicted || r.Targets == 0 || r.Low == 0 || r.High < r.Low {
 				t.Errorf("%+v", r)
 			}
+			if since := time.Since(r.Began); since < 2*time.Second || since > 10*time.Second {
+				t.Errorf("began %v ago", since)
+			}
 			if r.Packets == 0 || r.Spent != r.Packets || r.Packets > 1200 || r.InVain != 0 {
 				t.Errorf("packets: %+v", r)
 			}

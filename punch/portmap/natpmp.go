@@ -120,7 +120,7 @@ func (n *natpmp) send(ctx context.Context, opcode byte, request []byte) (pmpRepl
 		return pmpReply{}, err
 	}
 	if got.result != pmpSuccess {
-		return pmpReply{}, &refusal{fmt.Errorf("the router refuses: %s", resultText(NATPMP, int(got.result)))}
+		return pmpReply{}, &refusal{err: fmt.Errorf("the router refuses: %s", resultText(NATPMP, int(got.result)))}
 	}
 	n.epoch.note(got.epoch, time.Now())
 	return got, nil

@@ -54,7 +54,10 @@ type grant struct {
 
 // refusal is a router's own word that it will not, or has not: the reason to try
 // another protocol rather than to ask again.
-type refusal struct{ err error }
+type refusal struct {
+	err  error
+	code byte // of PCP
+}
 
 func (r *refusal) Error() string { return r.err.Error() }
 func (r *refusal) Unwrap() error { return r.err }
@@ -198,7 +201,7 @@ func (s *site) ask(ctx context.Context, p protocol, w want) (grant, error) {
 		return grant{}, err
 	}
 	if !sound(got.external) {
-		return grant{}, &refusal{errExternal}
+		return grant{}, &refusal{err: errExternal}
 	}
 	got.lifetime = min(max(got.lifetime, minLifetime), maxLifetime)
 	return got, nil

@@ -195,7 +195,7 @@ func TestNextProtocol(t *testing.T) {
 
 type refusing struct{ *fake }
 
-func (refusing) ask(context.Context, want) (grant, error) { return grant{}, &refusal{errSilent} }
+func (refusing) ask(context.Context, want) (grant, error) { return grant{}, &refusal{err: errSilent} }
 
 func TestRenewalAndRemoval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -402,7 +402,7 @@ func TestEndWhileRenewing(t *testing.T) {
 func TestEndAfterRefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake("a")
-		f.fails = &refusal{errExternal}
+		f.fails = &refusal{err: errExternal}
 		f.after = time.Second
 		s := startSite(t, f)
 		time.Sleep(500 * time.Millisecond)

@@ -211,7 +211,7 @@ func (u *upnp) call(ctx context.Context, s service, action string, in, out any) 
 	}
 	err = fmt.Errorf("%s: %w", action, err)
 	if faultCode(err) != 0 {
-		return &refusal{err}
+		return &refusal{err: err}
 	}
 	return err
 }

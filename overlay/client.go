@@ -54,7 +54,8 @@ func (c *Client) Why(ctx context.Context, peer string) (w Why, err error) {
 	return w, c.call(ctx, "POST", "/v1/why", pingRequest{peer}, &w)
 }
 
-// Netcheck has the daemon look at its network.
+// Netcheck has the daemon look at its network; see NetcheckAlone for where none
+// runs.
 func (c *Client) Netcheck(ctx context.Context, r NetcheckRequest) (n Netcheck, err error) {
 	return n, c.call(ctx, "POST", "/v1/netcheck", r, &n)
 }

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"overlay/punch"
+	"overlay/punch/portmap"
 )
 
 // netcheckWait bounds a netcheck without a lifetime.
@@ -34,24 +35,34 @@ type Netcheck struct {
 	Proxy   string `json:"proxy,omitempty"`
 	// UDP is passes, blocked, or empty: nothing was asked.
 	UDP       string     `json:"udp"`
-	Asked     int        `json:"asked"`    // STUN server ports
-	Answered  int        `json:"answered"` // of them
-	Addresses []string   `json:"addresses,omitempty"`
-	Observed  []Observed `json:"observed"` // what servers saw of the WireGuard port
+	Asked     int        `json:"asked"`               // STUN server ports
+	Answered  int        `json:"answered"`            // of them
+	Addresses []string   `json:"addresses,omitempty"` // this machine's
+	Public    []string   `json:"public,omitempty"`    // at which servers see it
+	Observed  []Observed `json:"observed"`            // what servers saw of the WireGuard port
 	IPv4      FamilyLook `json:"ipv4"`
 	IPv6      FamilyLook `json:"ipv6"`
 	NAT       NATStatus  `json:"nat"` // of IPv4
 	Lifetime  *Lifetime  `json:"lifetime"`
-	// PortMapping names the protocols by which the router forwards ports.
-	PortMapping []string `json:"portMapping"`
+	// PortMapping names the protocols by which the router forwards ports, Routers
+	// what each said. MappingOff: they are not asked, because the user wants it so.
+	PortMapping []string     `json:"portMapping"`
+	Routers     []RouterLook `json:"routers"`
+	MappingOff  bool         `json:"portMappingOff,omitempty"`
 	// DoubleNAT says that there is more than one NAT in the way; CarrierGrade that
 	// the outer one is the provider's.
 	DoubleNAT    *bool         `json:"doubleNAT"`
 	CarrierGrade *bool         `json:"carrierGrade"`
-	MTU          *int          `json:"mtu"` // of the path to the server
+	MTU          *int          `json:"mtu"`     // of the path to the server, packets of at most 1500 bytes
+	LinkMTU      *int          `json:"linkMTU"` // of the interface that leads out
 	Relays       []RelayStatus `json:"relays"`
 	Verdict      string        `json:"verdict"`
 	Help         []string      `json:"help"`
+
+	sights sights
+	full   bool // with addresses
+	alone  bool // no daemon runs
+	tcp    bool // and the server is reached over TCP
 }
 
 // Observed is what a server saw of the WireGuard port.
@@ -80,14 +91,15 @@ func (s *session) netcheck(ctx context.Context, q NetcheckRequest, full bool) (N
 	}
 	defer s.checking.Store(false)
 	n, servers := s.netcheckBase(full), s.stunServers()
-	if err := n.look(ctx, s.agent.Network(), servers); err != nil {
-		return n, fmt.Errorf("look at the network: %w", err)
+	if err := n.examine(ctx, s.agent.Network().Local, servers); err != nil {
+		return n, err
 	}
-	if q.Lifetime && n.IPv4.Answered > 0 {
-		if err := n.live(ctx, newLifetimeTest("udp4", ofFamily(servers, true)[0])); err != nil {
-			return n, fmt.Errorf("measure the lifetime of mappings: %w", err)
-		}
+	if err := n.live(ctx, q, servers); err != nil {
+		return n, err
 	}
+	list := s.reports()
+	n.takeRouters(list, full)
+	n.judgeNATs(list)
 	s.mu.Lock()
 	mute := s.mute()
 	s.mu.Unlock()
@@ -95,27 +107,68 @@ func (s *session) netcheck(ctx context.Context, q NetcheckRequest, full bool) (N
 	return n, nil
 }
 
-// live measures how long mappings live.
-func (n *Netcheck) live(ctx context.Context, test lifetimeTest) error {
+// examine looks at the network from fresh sockets.
+func (n *Netcheck) examine(ctx context.Context, local []netip.Prefix, servers []punch.Server) error {
+	ctx, cancel := context.WithTimeout(ctx, netcheckWait)
+	defer cancel()
+	if err := n.look(ctx, local, servers); err != nil {
+		return fmt.Errorf("look at the network: %w", err)
+	}
+	n.LinkMTU = linkMTU()
+	if err := n.measureMTU(ctx, servers); err != nil {
+		return fmt.Errorf("measure the path to the server: %w", err)
+	}
+	return nil
+}
+
+// measureMTU measures the way to a server that has answered.
+func (n *Netcheck) measureMTU(ctx context.Context, servers []punch.Server) error {
+	network, list := "udp4", ofFamily(servers, true)
+	if n.IPv4.Answered == 0 {
+		network, list = "udp6", ofFamily(servers, false)
+	}
+	if n.Answered == 0 || len(list) == 0 {
+		return nil
+	}
+	mtu, err := pathMTU(ctx, network, list[0])
+	if mtu > 0 {
+		n.MTU = &mtu
+	}
+	return err
+}
+
+// judgeNATs tells how many NATs there are, as far as it shows.
+func (n *Netcheck) judgeNATs(list []portmap.Report) {
+	n.sights.outer = outers(list)
+	n.DoubleNAT, n.CarrierGrade = n.sights.behindMore(n.NAT.Mapping)
+}
+
+// live measures how long mappings live, if that is wanted.
+func (n *Netcheck) live(ctx context.Context, q NetcheckRequest, servers []punch.Server) error {
+	if !q.Lifetime || n.IPv4.Answered == 0 {
+		return nil
+	}
+	test := newLifetimeTest("udp4", ofFamily(servers, true)[0])
 	ctx, cancel := context.WithTimeout(ctx, test.length())
 	defer cancel()
 	least, below, err := test.run(ctx)
 	n.Lifetime = newLifetime(least, below)
-	return err
+	if err != nil {
+		return fmt.Errorf("measure the lifetime of mappings: %w", err)
+	}
+	return nil
 }
 
 // look asks servers over both families.
-func (n *Netcheck) look(ctx context.Context, net punch.Network, servers []punch.Server) error {
-	ctx, cancel := context.WithTimeout(ctx, netcheckWait)
-	defer cancel()
+func (n *Netcheck) look(ctx context.Context, local []netip.Prefix, servers []punch.Server) error {
 	var four, six look
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
-		four, err = lookAround(gctx, "udp4", ofFamily(servers, true), hosts(net.Local))
+		four, err = lookAround(gctx, "udp4", ofFamily(servers, true), hosts(local))
 		return err
 	})
 	g.Go(func() (err error) {
-		six, err = lookAround(gctx, "udp6", ofFamily(servers, false), hosts(net.Local))
+		six, err = lookAround(gctx, "udp6", ofFamily(servers, false), hosts(local))
 		if err != nil && !n.IPv6.Own {
 			six, err = look{}, nil // a machine may have no such sockets at all
 		}
@@ -124,7 +177,7 @@ func (n *Netcheck) look(ctx context.Context, net punch.Network, servers []punch.
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	n.take(four, six, net)
+	n.take(four, six, local)
 	return nil
 }
 
@@ -135,20 +188,15 @@ func (s *session) netcheckBase(full bool) Netcheck {
 	self := s.selfStatus(full)
 	n := Netcheck{
 		Schema: 1, Name: self.Name, Online: self.Online, Trouble: self.Trouble,
-		Observed: []Observed{}, PortMapping: []string{}, Help: []string{}, Relays: s.links.status(full),
+		Observed: []Observed{}, PortMapping: []string{}, Routers: []RouterLook{}, Help: []string{}, Relays: s.links.status(full),
+		MappingOff: s.mapper == nil,
 	}
+	n.takeLocal(s.local, full)
 	if full {
 		n.Server = s.control.connected()
-		for _, p := range s.local {
-			n.Addresses = append(n.Addresses, p.Addr().String())
-		}
 		if p := s.control.proxy; p != nil {
 			n.Proxy = p.Host // never with its password
 		}
-	}
-	for _, p := range s.local {
-		n.IPv4.Own = n.IPv4.Own || p.Addr().Is4()
-		n.IPv6.Own = n.IPv6.Own || globalIPv6(p.Addr())
 	}
 	for _, r := range s.agent.Network().Servers {
 		o := Observed{Port: r.Server.Port(), OK: r.Fresh, At: moment(r.At)}
@@ -163,6 +211,18 @@ func (s *session) netcheckBase(full bool) Netcheck {
 	return n
 }
 
+// takeLocal notes this machine's addresses.
+func (n *Netcheck) takeLocal(local []netip.Prefix, full bool) {
+	n.full = full
+	for _, p := range local {
+		n.IPv4.Own = n.IPv4.Own || p.Addr().Is4()
+		n.IPv6.Own = n.IPv6.Own || globalIPv6(p.Addr())
+		if full {
+			n.Addresses = append(n.Addresses, p.Addr().String())
+		}
+	}
+}
+
 // stunServers are those of the coordination server, then relays.
 func (s *session) stunServers() []punch.Server {
 	s.mu.Lock()
@@ -175,7 +235,7 @@ func ofFamily(list []punch.Server, four bool) []punch.Server {
 }
 
 // take notes what the spare sockets saw.
-func (n *Netcheck) take(four, six look, net punch.Network) {
+func (n *Netcheck) take(four, six look, local []netip.Prefix) {
 	four.into(&n.IPv4)
 	six.into(&n.IPv6)
 	n.Asked, n.Answered = n.IPv4.Asked+n.IPv6.Asked, n.IPv4.Answered+n.IPv6.Answered
@@ -185,12 +245,27 @@ func (n *Netcheck) take(four, six look, net punch.Network) {
 	switch {
 	case n.Answered > 0 || over("udp"):
 		n.UDP = udpPasses
-	case n.Asked > 0 && (n.Online || over("tls")): // else nothing tells UDP from no network
+	case n.Asked > 0 && (n.Online || n.tcp || over("tls")): // else nothing tells UDP from no network
 		n.UDP = udpBlocked
 	}
 	n.NAT = four.nat
-	own := slices.DeleteFunc(hosts(net.Local), func(a netip.Addr) bool { return !a.Is4() })
-	n.DoubleNAT, n.CarrierGrade = behindMore(n.NAT.Mapping, own, four.samples)
+	n.sights.own = slices.DeleteFunc(hosts(local), func(a netip.Addr) bool { return !a.Is4() })
+	n.sights.seen = four.public()
+	if n.full {
+		for _, a := range append(four.public(), six.public()...) {
+			n.Public = append(n.Public, a.String())
+		}
+	}
+}
+
+// public are the addresses at which servers saw the sockets.
+func (l *look) public() (list []netip.Addr) {
+	for _, s := range l.samples {
+		if a := s.Mapped.Addr(); !slices.Contains(list, a) {
+			list = append(list, a)
+		}
+	}
+	return list
 }
 
 func (l *look) into(f *FamilyLook) {
@@ -205,19 +280,4 @@ func (l *look) into(f *FamilyLook) {
 			f.RTTms = milliseconds(r.rtt)
 		}
 	}
-}
-
-// behindMore tells whether there is a second NAT, as far as addresses show it: the
-// machine's own are the carrier's, or what the server sees is. Without the router's
-// own address, which port mapping tells, nothing speaks against one.
-func behindMore(mapping string, own []netip.Addr, samples []punch.Sample) (double, carrier *bool) {
-	yes, no := true, false
-	if mapping == noNAT {
-		return &no, &no
-	}
-	seen := func(s punch.Sample) bool { return punch.CarrierGrade(s.Mapped.Addr()) }
-	if slices.ContainsFunc(own, punch.CarrierGrade) || slices.ContainsFunc(samples, seen) {
-		return nil, &yes
-	}
-	return nil, nil
 }

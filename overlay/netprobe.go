@@ -73,6 +73,11 @@ func (s *spare) ask(ctx context.Context, servers []punch.Server, how punch.Ask) 
 		}
 		list = append(list, &pending{Question: q, to: server.Addr})
 	}
+	return s.askAll(ctx, list)
+}
+
+// askAll is ask for questions that are made.
+func (s *spare) askAll(ctx context.Context, list []*pending) ([]reply, error) {
 	var all []reply
 	for try := range probeTries {
 		s.send(list)
@@ -173,7 +178,7 @@ func lookAround(ctx context.Context, network string, servers []punch.Server, own
 			return l, err
 		}
 	}
-	filtering, err := filteringOf(ctx, network, servers[0])
+	filtering, err := filteringOf(ctx, network, servers)
 	l.nat.Filtering = filtering
 	return l, err
 }
@@ -261,10 +266,17 @@ const (
 	elsewhere               // as wanted
 )
 
-// filteringOf asks a server to answer from elsewhere. Empty: it cannot.
-func filteringOf(ctx context.Context, network string, server punch.Server) (string, error) {
+// filteringOf has packets come from where a socket has sent nothing to: from
+// another address of a server, or from another server, then from another port.
+// Empty: no server can do that.
+func filteringOf(ctx context.Context, network string, servers []punch.Server) (string, error) {
+	server := servers[0]
 	far, err := originOf(ctx, network, server, punch.Change{Address: true, Port: true})
 	if err != nil || far == elsewhere {
+		return endpointIndependent, err
+	}
+	other, err := otherReaches(ctx, network, servers)
+	if err != nil || other == elsewhere {
 		return endpointIndependent, err
 	}
 	near, err := originOf(ctx, network, server, punch.Change{Port: true})
@@ -273,8 +285,42 @@ func filteringOf(ctx context.Context, network string, server punch.Server) (stri
 		return "", err
 	case near == nowhere:
 		return addressPortDependent, nil
+	case other == nowhere:
+		return addressDependent, nil
 	}
-	return atMostAddressDependent, nil // a server without a second address cannot tell more
+	return atMostAddressDependent, nil // nobody with another address could be asked
+}
+
+// otherReaches asks the first server, from another socket, to answer to the mapping
+// of one that has sent to a server with another address only. asked: there is no
+// such server, or the first one does not do that.
+func otherReaches(ctx context.Context, network string, servers []punch.Server) (origin, error) {
+	at := slices.IndexFunc(servers, func(s punch.Server) bool { return s.Addr.Addr() != servers[0].Addr.Addr() })
+	if at < 0 {
+		return asked, nil
+	}
+	list, err := openSpares(network, 2)
+	defer closeAll(list)
+	if err != nil {
+		return nowhere, err
+	}
+	one, err := list[0].ask(ctx, servers[at:at+1], punch.Ask{})
+	if err != nil || len(one) == 0 {
+		return asked, err
+	}
+	two, err := list[1].ask(ctx, servers[:1], punch.Ask{})
+	if err != nil || len(two) == 0 || two[0].mapped.Addr() != one[0].mapped.Addr() {
+		return asked, err // it does not answer at all, or would answer to somebody else
+	}
+	test := lifetimeTest{network: network, server: servers[0]}
+	alive, can, err := test.reaches(ctx, mappedSocket{list[0], one[0].mapped.Port()})
+	switch {
+	case err != nil || !can:
+		return asked, err
+	case alive:
+		return elsewhere, nil
+	}
+	return nowhere, nil
 }
 
 // originOf asks from a socket that has sent to nobody else.

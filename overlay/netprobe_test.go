@@ -16,13 +16,19 @@ type stunServer struct {
 	servers []punch.Server
 	change  func(port int) (socket int, ok bool) // which answers; false: none
 	replies func() bool                          // whether an answer to another port arrives; nil: it knows of none
+	longest int                                  // datagram that arrives; 0: any
 }
 
 func startSTUN(t *testing.T, s *stunServer) *stunServer {
 	t.Helper()
+	return startSTUNAt(t, s, "127.0.0.1")
+}
+
+func startSTUNAt(t *testing.T, s *stunServer, ip string) *stunServer {
+	t.Helper()
 	var running sync.WaitGroup
 	for range 3 {
-		c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(ip)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -47,6 +53,9 @@ func (s *stunServer) serve(i int) {
 		n, from, err := s.conns[i].ReadFromUDPAddrPort(buf)
 		if err != nil {
 			return
+		}
+		if s.longest > 0 && n > s.longest {
+			continue
 		}
 		out := punch.AnswerBinding(buf[:n], from, func([]byte) ([]byte, []byte, bool) { return []byte("secret"), nil, true })
 		by, ok := i, out != nil
@@ -130,5 +139,51 @@ func TestHairpin(t *testing.T) {
 	}
 	if err := l.hairpin(t.Context(), list); err != nil || l.nat.Hairpin == nil || *l.nat.Hairpin {
 		t.Errorf("%+v (%v)", l.nat, err)
+	}
+}
+
+// TestFiltering has the first server reach a socket that has sent to another one
+// only, and where it does not, tells how much depends on ports.
+func TestFiltering(t *testing.T) {
+	let := func(i int) (int, bool) { return (i + 1) % 3, true }
+	bar := func(int) (int, bool) { return 0, false }
+	for name, x := range map[string]struct {
+		change func(int) (int, bool)
+		passes bool
+		want   string
+	}{
+		"none":               {let, true, endpointIndependent},
+		"by address":         {let, false, addressDependent},
+		"by address or port": {bar, false, addressPortDependent},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startSTUN(t, &stunServer{change: x.change, replies: func() bool { return x.passes }})
+			other := startSTUNAt(t, &stunServer{}, "127.0.0.2")
+			got, err := filteringOf(t.Context(), "udp4", append(s.servers, other.servers...))
+			if err != nil || got != x.want {
+				t.Errorf("%q (%v), want %q", got, err, x.want)
+			}
+		})
+	}
+}
+
+// Where no server answers to another port, nobody but the first one can tell.
+func TestFilteringByOneServer(t *testing.T) {
+	s := startSTUN(t, &stunServer{change: func(i int) (int, bool) { return (i + 1) % 3, true }})
+	other := startSTUNAt(t, &stunServer{}, "127.0.0.2")
+	for _, list := range [][]punch.Server{s.servers, append(s.servers, other.servers...)} {
+		if got, err := filteringOf(t.Context(), "udp4", list); err != nil || got != atMostAddressDependent {
+			t.Errorf("%q (%v)", got, err)
+		}
+	}
+}
+
+// TestPathMTU sends padded questions, of which the server hears those up to a size.
+func TestPathMTU(t *testing.T) {
+	for longest, want := range map[int]int{1500: 1500, 1300: 1300, 1000: 668, 100: 0} {
+		s := startSTUN(t, &stunServer{longest: longest - overhead4})
+		if got, err := pathMTU(t.Context(), "udp4", s.servers[0]); err != nil || got != want {
+			t.Errorf("%d (%v) of %d", got, err, longest)
+		}
 	}
 }

@@ -11,16 +11,56 @@ func (n *Netcheck) conclude(mute bool) {
 		n.Help = append([]string{"let UDP in on the server's firewall: no other node is answered over UDP either"}, letUDPOut("this network")...)
 	case n.UDP == udpBlocked:
 		n.Help = letUDPOut("this network")
-	case n.NAT.hard():
-		n.Help = []string{
-			"switch PCP, NAT-PMP or UPnP on, on the router, or forward this machine's UDP port",
+	case n.NAT.hard() && n.forwarded() == "":
+		n.Help = n.helpHard()
+	}
+	if n.alone {
+		n.Help = append(n.Help, "start the daemon, which finds out more: sudo overlay up")
+	}
+}
+
+// helpHard is what helps where peers cannot know the ports of the NAT.
+func (n *Netcheck) helpHard() []string {
+	if n.DoubleNAT != nil && *n.DoubleNAT {
+		return []string{
+			"ask the provider for a public IPv4 address: a port that the router here forwards is behind another NAT",
 			"give this network IPv6, which needs no NAT",
 		}
 	}
+	return []string{
+		"switch PCP, NAT-PMP or UPnP on, on the router, or forward this machine's UDP port",
+		"give this network IPv6, which needs no NAT",
+	}
+}
+
+// forwarded names the protocol by which everybody is let in; empty: there is none.
+func (n *Netcheck) forwarded() string {
+	if n.DoubleNAT != nil && *n.DoubleNAT {
+		return ""
+	}
+	for _, r := range n.Routers {
+		if r.Protocol != "" && r.OuterKind == outerPublic && r.four {
+			return r.Protocol
+		}
+	}
+	return ""
+}
+
+// behind says what else there is in the way.
+func (n *Netcheck) behind() string {
+	switch {
+	case n.CarrierGrade != nil && *n.CarrierGrade:
+		return "; behind the provider's NAT, too"
+	case n.DoubleNAT != nil && *n.DoubleNAT:
+		return "; behind two NATs"
+	}
+	return ""
 }
 
 func (n *Netcheck) verdict(mute bool) string {
 	switch {
+	case n.alone && n.Asked == 0:
+		return "the daemon is not running, and no server is known here to be asked"
 	case n.Asked == 0 && !n.Online:
 		return "the server is not reached, so nothing could be asked"
 	case n.Asked == 0:
@@ -31,6 +71,13 @@ func (n *Netcheck) verdict(mute bool) string {
 		return "UDP is blocked, here or at the server: everything goes over relays by TLS"
 	case n.UDP == udpBlocked:
 		return "UDP is blocked: everything goes over relays by TLS"
+	}
+	return n.natVerdict() + n.behind()
+}
+
+func (n *Netcheck) natVerdict() string {
+	if by := n.forwarded(); by != "" {
+		return "the router forwards a port (" + by + "): direct paths work with every network that passes UDP"
 	}
 	switch n.NAT.Mapping {
 	case noNAT:

@@ -8,7 +8,6 @@ import (
 
 	"overlay/punch"
 	"overlay/punch/portmap"
-	"overlay/tun"
 )
 
 // The values of the setting that says whether routers are asked for a port.
@@ -37,39 +36,40 @@ func (s *session) newMapperOf(name string, port uint16, tell func([]portmap.Mapp
 	return m, nil
 }
 
-// mapped hands on where routers let peers in.
+// mapped hands on where routers let peers in: to the port of WireGuard, whatever
+// else is mapped.
 func (s *session) mapped(list []portmap.Mapping) {
-	addrs := make([]netip.AddrPort, len(list))
-	by := make([]string, len(list))
-	for i, m := range list {
-		addrs[i], by[i] = m.External, m.Protocol
-		if m.DoubleNAT {
-			by[i] += " behind another NAT"
+	var addrs []netip.AddrPort
+	var by []string
+	for _, m := range list {
+		if m.Port != s.dev.Load().Port() {
+			continue
 		}
+		how := m.Protocol
+		if m.DoubleNAT {
+			how += " behind another NAT"
+		}
+		addrs, by = append(addrs, m.External), append(by, how)
 	}
 	s.log.Info("ports mapped", "by", by)
 	s.agent.SetMapped(addrs)
 	s.peerRelay.setMaps(len(list) > 0)
 }
 
-// lookAtRouters tells the mapper which routers there are now.
+// lookAtRouters tells the mapper which routers there are now, and which port to
+// map: sockets may have been opened anew at another one.
 func (s *session) lookAtRouters() {
 	if s.mapper == nil {
 		return
 	}
-	list, err := tun.Gateways()
+	s.mapper.SetPorts(s.dev.Load().Port())
+	list, err := routes()
 	if err != nil {
 		s.log.Warn("routers not found", "err", err)
 		return
 	}
-	var routes []portmap.Route
-	for _, g := range list {
-		for _, local := range g.Local {
-			routes = append(routes, portmap.Route{Gateway: g.Router, Local: local, Link: g.Link})
-		}
-	}
-	s.mapper.SetRoutes(routes)
-	s.peerRelay.setRoutes(routes)
+	s.mapper.SetRoutes(list)
+	s.peerRelay.setRoutes(list)
 }
 
 // checkMapping has the router asked whether the mapped port is still the same.

@@ -21,6 +21,7 @@ const (
 	stepUDPThere   = "udp there"
 	stepCandidates = "candidates"
 	stepChecks     = "checks"
+	stepRounds     = "hard rounds"
 	stepPath       = "path"
 )
 

@@ -28,6 +28,7 @@ type Why struct {
 	There  Side       `json:"there"` // as the peer told, or as follows from what it told
 	Relays []RelayLeg `json:"relays"`
 	Pairs  []WhyPair  `json:"pairs"`
+	Rounds WhyRounds  `json:"rounds"`
 	Steps  []WhyStep  `json:"steps"`
 	// Failed names the first step that failed; empty while the path is direct.
 	Failed    string     `json:"failed,omitempty"`
@@ -186,7 +187,7 @@ func (s *session) why(name string, full bool) (Why, error) {
 		Path: s.describe(m, e.Path, full), Since: moment(e.Since), NextRound: moment(e.Retry),
 		Before: s.route(e.Before, full),
 		Here:   s.ownSide(full), There: peerSide(m, e, full),
-		Relays: s.links.legs(k, m.record.Relays, full), Pairs: s.whyPairs(e, full), Help: []string{},
+		Relays: s.links.legs(k, m.record.Relays, full), Pairs: s.whyPairs(e, full), Rounds: whyRounds(e.Rounds), Help: []string{},
 	}
 	if e.Path.RTT > 0 {
 		w.RTTms = milliseconds(e.Path.RTT)

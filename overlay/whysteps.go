@@ -27,6 +27,9 @@ func (s *session) steps(h hurdles, e punch.Explanation, w Why) []WhyStep {
 		{stepCandidates, verdictOf(h.totals.direct > h.totals.barred, true), candidateText(h)},
 		checkStep(h),
 	}
+	if rounds, ok := roundStep(h, e.Rounds); ok {
+		list = append(list, rounds)
+	}
 	path := WhyStep{stepPath, verdictOf(w.Path.Kind == "direct", true), "none answers"}
 	if w.Path.Kind == "direct" {
 		path.Text = "direct"

@@ -101,21 +101,46 @@ func (a *Agent) eligible(p *peer, q *pair) bool {
 	if q.valid || q.typ.revealed() || !Private(ip) || a.onLink(ip) {
 		return true
 	}
-	return a.samePublic(p)
+	return a.samePublic(p, false)
 }
 
-// samePublic reports whether a server saw both of us at one address.
-func (a *Agent) samePublic(p *peer) bool {
+// samePublic reports whether both of us are at one public address; proven wants
+// more than the peer's own word for that: the netmap's, which a server has checked,
+// or a packet of the peer from there.
+//
+// The peer's word has to do where no server can be asked, but it lets a member have
+// us send to private addresses that it cannot reach itself, beyond those on our
+// links, which it may name anyway. What it gains is little: what leaves is a check,
+// in the limits that hold towards any address, of which the member chooses nothing
+// but the eight bytes of its nonce's tag, and learns nothing, because only an answer
+// under our common key counts. So that it is no way to search a network either,
+// there are few checks per call without a proof: see scarce.
+func (a *Agent) samePublic(p *peer, proven bool) bool {
 	for _, s := range a.servers {
 		if !s.mapped.IsValid() {
 			continue
 		}
 		for _, q := range p.pairs {
 			outer := q.typ == ServerReflexive || q.typ == PortMapped
-			if outer && q.addr.Addr() == s.mapped.Addr() {
+			sure := q.source&published != 0 || q.valid || !q.heard.IsZero()
+			if outer && q.addr.Addr() == s.mapped.Addr() && (sure || !proven) {
 				return true
 			}
 		}
 	}
 	return false
+}
+
+// scarce reports whether there are few checks on a pair until it answers: one with
+// a global IPv6 host address, which nobody but the peer vouches for, and one with a
+// private address beyond our links that is at our site by the peer's own word.
+func (a *Agent) scarce(p *peer, q *pair) bool {
+	ip := q.addr.Addr()
+	switch {
+	case q.valid, q.relayed(), q.typ.revealed():
+		return false
+	case q.typ == Host && ip.Is6() && !a.near(q.addr):
+		return true
+	}
+	return Private(ip) && !a.onLink(ip) && !a.samePublic(p, true)
 }

@@ -6,8 +6,9 @@ import (
 	"github.com/pion/stun/v2"
 )
 
-// maxBinding bounds a Binding request to a server in bytes.
-const maxBinding = 1280
+// maxBinding bounds a Binding request to a server in bytes: one that is padded to
+// learn how large packets may be is as long as a packet of 1500 bytes allows.
+const maxBinding = 1500 - overhead4
 
 // AnswerBinding returns the answer of a STUN server (RFC 8489) to a datagram that
 // came from from, or nil for silence. Requests with a user name are answered

@@ -14,7 +14,7 @@ import (
 const (
 	firstGap     = 20 * time.Millisecond
 	roundChecks  = 7
-	globalChecks = 4 // on an unverified global IPv6 host address, after the opener
+	globalChecks = 4 // per call on addresses that are scarce, after an opener
 	openerTTL    = 2
 	openerPause  = time.Second // no second opener within
 	// maxHold is how long checks wait for the far side's NAT to be opened;
@@ -310,7 +310,7 @@ func (a *Agent) round(p *peer, now time.Time) {
 		}
 		q.held = false
 		checks := roundChecks
-		if q.typ == Host && !q.valid && q.addr.Addr().Is6() && !a.near(q.addr) {
+		if a.scarce(p, q) {
 			checks = globalChecks
 		}
 		if q.attempt >= checks || q.settled() || !a.eligible(p, q) {

@@ -16,6 +16,7 @@ type Explanation struct {
 	Attempt Attempt   // the search for a direct path; zero while there is one
 	Retry   time.Time // when the peer is called next; zero: not planned
 	NAT     NAT       // the peer's, as it told; zero: not told
+	Rounds  Rounds
 	Signals Signals
 	Pairs   []PairReport // at most MaxCandidates, and MaxRelays over relays
 	Refused []Refusal    // candidates that made no pair; at most MaxCandidates
@@ -169,7 +170,7 @@ func (a *Agent) Explain(k Key) (Explanation, bool) {
 	now := time.Now()
 	e := Explanation{
 		Online: p.online, Attempt: a.attempt(p), Retry: p.retryAt, Signals: p.talked,
-		Refused: slices.Clone(p.refused), NAT: p.meeting.theirs.nat,
+		Refused: slices.Clone(p.refused), NAT: p.meeting.theirs.nat, Rounds: a.rounds(p, now),
 	}
 	if p.selected != nil {
 		e.Path, e.Since, e.Before = p.path(), p.history.since, p.history.before

@@ -70,7 +70,7 @@ func (a *Agent) seekFresh(p *peer, now time.Time) {
 
 func (a *Agent) proposeFresh(p *peer, now time.Time) {
 	o, start := &p.fresh, p.freshStart(now)
-	if start.IsZero() || !a.steady() || a.samePublic(p) || now.Before(later(start, o.next).Add(-freshAhead)) {
+	if start.IsZero() || !a.steady() || a.samePublic(p, false) || now.Before(later(start, o.next).Add(-freshAhead)) {
 		return
 	}
 	if o.spent {

@@ -57,6 +57,7 @@ type meeting struct {
 	theirs   side
 	walked   int           // ports of it that rounds tried
 	kind     CandidateType // of pairs that a round finds
+	past     pastRounds
 }
 
 // leads reports whether we propose rounds to a peer, not it to us.
@@ -70,7 +71,7 @@ func (a *Agent) seekHard(p *peer, now time.Time) {
 		return
 	}
 	if p.direct() != nil {
-		p.meeting = meeting{walked: p.meeting.walked, kind: p.meeting.kind}
+		p.meeting = p.meeting.forget()
 		return
 	}
 	if !p.meeting.asked.IsZero() {
@@ -162,7 +163,7 @@ func (a *Agent) agree(p *peer, now time.Time) {
 func (m *meeting) follow(list []Candidate) {
 	gone := !slices.ContainsFunc(list, func(c Candidate) bool { return c.Addr.Addr() == m.theirs.addr.Addr() })
 	if m.theirs.addr.IsValid() && gone {
-		*m = meeting{rounds: m.rounds, began: m.began, walked: m.walked, kind: m.kind}
+		*m = meeting{rounds: m.rounds, began: m.began, walked: m.walked, kind: m.kind, past: m.past}
 	}
 }
 
@@ -263,13 +264,17 @@ func (a *Agent) found(p *peer, addr netip.AddrPort, port uint16) CandidateType {
 // leaveHard ends what was under way before the network changed.
 func (a *Agent) leaveHard(now time.Time) {
 	h := &a.hard
+	if r := h.round; r != nil {
+		r.p.meeting.past.over(r, now)
+		r.p.meeting.past.end = RoundMoved
+	}
 	h.job, h.nat, h.churn, h.again, h.round = job{}, NAT{}, 0, time.Time{}, nil
 	h.fresh = fresh{}
 	if len(h.open) > 0 {
 		h.sweepAt = now
 	}
 	for _, p := range a.peers {
-		p.meeting = meeting{walked: p.meeting.walked, kind: p.meeting.kind}
+		p.meeting = p.meeting.forget()
 		p.fresh = outing{}
 	}
 }
@@ -281,6 +286,11 @@ func (a *Agent) wakeHard(now time.Time) {
 			a.queue.set(p, now)
 		}
 	}
+}
+
+// forget keeps what is of use for later rounds in another situation.
+func (m *meeting) forget() meeting {
+	return meeting{walked: m.walked, kind: m.kind, past: m.past}
 }
 
 // hardTurn does what is due of sampling and of a round.

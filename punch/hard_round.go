@@ -27,6 +27,7 @@ type round struct {
 	based bool // our own port is sampled
 	ports []uint16
 
+	first time.Time // when it was agreed on
 	began time.Time // of the stage
 	next  time.Time
 	count int // packets that left
@@ -64,7 +65,7 @@ func (a *Agent) begin(p *peer, plan plan, now time.Time) {
 	p.fair = fairness{had: now}
 	p.meeting.rounds++
 	p.meeting.backoff = 0
-	h.round = &round{plan: plan, p: p, stage: preparing, began: now, next: now, sent: map[transactionID]trial{}}
+	h.round = &round{plan: plan, p: p, stage: preparing, first: now, began: now, next: now, sent: map[transactionID]trial{}}
 	p.meeting.kind = plan.kind
 	a.log.Debug("hard round", "peer", p, "type", plan.kind, "sockets", plan.sockets, "targets", len(plan.targets))
 	a.notify()
@@ -255,6 +256,7 @@ func (a *Agent) tryOnce(r *round, now time.Time) {
 // endRound closes what the round does not need any more.
 func (a *Agent) endRound(now time.Time) {
 	h := &a.hard
+	h.round.p.meeting.past.over(h.round, now)
 	a.log.Debug("hard round over", "peer", h.round.p, "packets", h.round.count, "direct", h.round.p.direct() != nil)
 	h.round = nil
 	if h.job.base {

@@ -76,3 +76,43 @@ func TestMappedBehindOneCarrier(t *testing.T) {
 		})
 	}
 }
+
+// A private address beyond our links, of a peer that says itself that it is at our
+// site, gets few checks per call; one whose public address the netmap has gets them
+// all.
+func TestSiteByOwnWord(t *testing.T) {
+	inner := netip.MustParseAddrPort("10.99.0.9:7000")
+	for published, want := range map[bool]int{false: globalChecks, true: roundChecks} {
+		inWorld(t, func(w *world) {
+			a, b := w.gathered(1, "203.0.113.2:5000"), w.gathered(2, "203.0.113.3:4002")
+			here := netip.MustParseAddrPort("203.0.113.2:4002") // where b is not
+			w.setCarry(func(_, _ *node) error { return errLost })
+			w.setDrop(func(x wire) bool { return x.to == inner || x.to == here || x.to == b.outer })
+			info := b.info()
+			if published {
+				info.Candidates = append(info.Candidates, Candidate{Addr: here, Type: ServerReflexive})
+			}
+			a.SetPeer(info)
+			begin := time.Now()
+			b.claim(a, Candidate{Addr: here, Type: ServerReflexive}, Candidate{Addr: inner, Type: Host})
+			rest(3 * time.Second)
+			if got := len(w.between(a.outer, inner, begin)); got != want {
+				t.Errorf("published %v: %d checks, want %d", published, got, want)
+			}
+		})
+	}
+}
+
+// claim has n say in a call where it is.
+func (n *node) claim(to *node, list ...Candidate) {
+	n.SetPeer(to.info())
+	n.mu.Lock()
+	p := n.peers[to.key]
+	p.counter++
+	s := signal{kind: signalCall, boot: n.boot, counter: p.counter, nonce: n.nonce, candidates: list}
+	sealed := p.secrets.seal(s.marshal())
+	n.mu.Unlock()
+	if err := to.HandleSignal(n.key, sealed); err != nil {
+		n.w.t.Error(err)
+	}
+}

@@ -17,7 +17,14 @@ const replyPortSize = 2
 type Ask struct {
 	Change Change
 	To     uint16 // to this port of the asker's address; 0: as above
+	// Size pads the question to so many bytes, a multiple of four up to
+	// MaxQuestion: its answer tells that such a datagram arrives. 0: no more than
+	// it needs.
+	Size int
 }
+
+// MaxQuestion bounds Ask.Size: what fits into a packet of 1500 bytes.
+const MaxQuestion = maxBinding
 
 // Question is a Binding request from a socket that is not an Agent's, to learn how
 // the network treats that socket.
@@ -41,8 +48,17 @@ func NewQuestion(to Server, how Ask) (Question, error) {
 	if q.Raw, err = to.marshal(q.id, extra...); err != nil {
 		return Question{}, fmt.Errorf("new question: %w", err)
 	}
+	if missing := how.Size - len(q.Raw) - attributeHead; missing >= 0 && how.Size <= MaxQuestion {
+		extra = append(extra, stun.RawAttribute{Type: AttrPadding, Value: make([]byte, missing)})
+		if q.Raw, err = to.marshal(q.id, extra...); err != nil {
+			return Question{}, fmt.Errorf("new question: %w", err)
+		}
+	}
 	return q, nil
 }
+
+// attributeHead is the type and length of an attribute (RFC 8489 section 14).
+const attributeHead = 4
 
 // ReplyPort reads to which port of the asker's address a Binding request wants its
 // answer; 0: to where it came from. That is for those with a session only: others

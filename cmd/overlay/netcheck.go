@@ -28,6 +28,9 @@ func netcheckCommand() *cobra.Command {
 			fmt.Fprintln(cmd.ErrOrStderr(), "measuring how long UDP mappings live takes up to 5 minutes")
 		}
 		r, err := n.client().Netcheck(cmd.Context(), q)
+		if overlay.KindOf(err) == overlay.NotRunning && !q.Lifetime {
+			r, err = overlay.NetcheckAlone(cmd.Context(), n.state)
+		}
 		if err != nil {
 			return err
 		}
@@ -80,6 +83,9 @@ func netFacts(n overlay.Netcheck) [][2]string {
 	if len(n.Addresses) > 0 {
 		facts = append(facts, [2]string{"addresses", strings.Join(n.Addresses, ", ")})
 	}
+	if len(n.Public) > 0 {
+		facts = append(facts, [2]string{"public", strings.Join(n.Public, ", ")})
+	}
 	label := "seen at"
 	for _, o := range n.Observed {
 		facts = append(facts, [2]string{label, observedFact(o)})
@@ -123,25 +129,71 @@ func observedFact(o overlay.Observed) string {
 // natFacts are what is known of the NAT, and what is not.
 func natFacts(n overlay.Netcheck) [][2]string {
 	if n.NAT.Mapping == "none" {
-		return [][2]string{{"nat", "none"}, {"filtering", cmp.Or(n.NAT.Filtering, "not measured: the server cannot")}, {"mtu", mtuFact(n.MTU)}}
+		return [][2]string{{"nat", "none"}, {"filtering", cmp.Or(n.NAT.Filtering, "not measured: the server cannot")}, {"mtu", mtuFact(n)}}
 	}
 	facts := [][2]string{
 		{"nat", cmp.Or(n.NAT.Text(), "not known")},
 		{"filtering", filteringFact(n.NAT.Filtering)},
 		{"hairpin", yesNo(n.NAT.Hairpin, "not measured")},
 		{"lifetime", lifetimeFact(n.Lifetime)},
-		{"port mapping", cmp.Or(strings.Join(n.PortMapping, ", "), "none is known")},
-		{"double nat", yesNo(n.DoubleNAT, "not known")},
-		{"carrier's nat", yesNo(n.CarrierGrade, "not known")},
-		{"mtu", mtuFact(n.MTU)},
+	}
+	facts = append(facts, routerFacts(n)...)
+	return append(facts,
+		[2]string{"double nat", yesNo(n.DoubleNAT, "not known")},
+		[2]string{"carrier's nat", yesNo(n.CarrierGrade, "not known")},
+		[2]string{"mtu", mtuFact(n)},
+	)
+}
+
+// routerFacts are what every router says about mapping a port.
+func routerFacts(n overlay.Netcheck) [][2]string {
+	if n.MappingOff {
+		return [][2]string{{"port mapping", "switched off"}}
+	}
+	if len(n.Routers) == 0 {
+		return [][2]string{{"port mapping", "no router to ask"}}
+	}
+	var facts [][2]string
+	label := "port mapping"
+	for _, r := range n.Routers {
+		facts = append(facts, [2]string{label, routerFact(r)})
+		label = ""
 	}
 	return facts
+}
+
+func routerFact(r overlay.RouterLook) string {
+	text := cmp.Or(r.Router, "the router") + " "
+	if r.Protocol != "" {
+		text += "forwards " + cmp.Or(r.External, "a port") + " by " + r.Protocol
+		return text + map[string]string{
+			"carrier": ", an address of the provider's: of use behind the same NAT only",
+			"private": ", a private address: of use behind the same router only",
+		}[r.OuterKind]
+	}
+	var parts []string
+	for _, f := range r.Refused {
+		parts = append(parts, f.Protocol+": "+f.Words)
+	}
+	if len(r.Silent) > 0 {
+		parts = append(parts, "no answer by "+strings.Join(r.Silent, ", "))
+	}
+	if !r.Settled {
+		parts = append(parts, "still asked")
+	}
+	if r.OuterKind != "" {
+		own := "its own address is " + cmp.Or(r.Outer, r.OuterKind)
+		parts = append(parts, own+map[string]string{"carrier": ", of the provider's network", "private": ", of another router's network"}[r.OuterKind])
+	}
+	return text + "forwards none: " + strings.Join(parts, "; ")
 }
 
 func filteringFact(f string) string {
 	switch f {
 	case "":
 		return "not measured"
+	case "at-most-address-dependent":
+		return "not by ports; whether by addresses, one server alone cannot tell"
 	case "endpoint-independent":
 		return f + ": anybody may send to a port that is open"
 	case "address-and-port-dependent":
@@ -160,11 +212,18 @@ func lifetimeFact(l *overlay.Lifetime) string {
 	return fmt.Sprintf("between %d and %d s", l.AtLeastS, *l.BelowS)
 }
 
-func mtuFact(mtu *int) string {
-	if mtu == nil {
-		return "not measured"
+func mtuFact(n overlay.Netcheck) string {
+	text := "not measured"
+	switch {
+	case n.MTU != nil && n.LinkMTU != nil && *n.MTU < *n.LinkMTU && *n.MTU == 1500:
+		text = "1500 or more to the server"
+	case n.MTU != nil:
+		text = fmt.Sprintf("%d to the server", *n.MTU)
 	}
-	return fmt.Sprintf("%d to the server", *mtu)
+	if n.LinkMTU != nil {
+		text += fmt.Sprintf(", %d on this machine's link", *n.LinkMTU)
+	}
+	return text
 }
 
 func yesNo(b *bool, unknown string) string {

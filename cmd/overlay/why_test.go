@@ -91,17 +91,23 @@ func wantPage(t *testing.T, want string, show func(*strings.Builder) error) {
 
 // TestNetcheckPages shows a network that is easy, and one that passes no UDP.
 func TestNetcheckPages(t *testing.T) {
-	rtt, no := 40.1, false
-	below := 40
+	rtt, no, yes := 40.1, false, true
+	below, mtu, link := 40, 1280, 1500
 	n := overlay.Netcheck{
 		Name: "anna", Server: "198.51.100.1:443", Online: true, UDP: "passes", Asked: 3, Answered: 3,
-		Addresses: []string{"192.168.1.2"},
-		Observed:  []overlay.Observed{{Server: "198.51.100.1:443", Mapped: "203.0.113.1:41641", OK: true, Port: 443}, {Server: "198.51.100.1:3478", Port: 3478}},
-		IPv4:      overlay.FamilyLook{Own: true, Asked: 3, Answered: 3, RTTms: &rtt},
-		NAT:       overlay.NATStatus{Mapping: "endpoint-independent", Allocation: "preserving", Filtering: "address-and-port-dependent", Hairpin: &no},
-		Lifetime:  &overlay.Lifetime{AtLeastS: 28, BelowS: &below},
-		Relays:    []overlay.RelayStatus{{Name: "198.51.100.1", Transport: "udp", RTTms: &rtt, Home: true}},
-		Verdict:   "direct paths work with nearly all networks",
+		Addresses: []string{"192.168.1.2"}, Public: []string{"203.0.113.1"},
+		Observed: []overlay.Observed{{Server: "198.51.100.1:443", Mapped: "203.0.113.1:41641", OK: true, Port: 443}, {Server: "198.51.100.1:3478", Port: 3478}},
+		IPv4:     overlay.FamilyLook{Own: true, Asked: 3, Answered: 3, RTTms: &rtt},
+		NAT:      overlay.NATStatus{Mapping: "endpoint-independent", Allocation: "preserving", Filtering: "address-and-port-dependent", Hairpin: &no},
+		Lifetime: &overlay.Lifetime{AtLeastS: 28, BelowS: &below},
+		Relays:   []overlay.RelayStatus{{Name: "198.51.100.1", Transport: "udp", RTTms: &rtt, Home: true}},
+		Verdict:  "direct paths work with nearly all networks",
+		Routers: []overlay.RouterLook{
+			{Router: "192.168.1.1", Protocol: "pcp", External: "100.64.0.9:7000", Outer: "100.64.0.9", OuterKind: "carrier", Settled: true},
+			{Router: "fe80::1", Refused: []overlay.RouterRefusal{{Protocol: "pcp", Words: "the router refuses: result 2, not authorized"}}, Silent: []string{"upnp"}, Settled: true},
+			{OuterKind: "private"},
+		},
+		DoubleNAT: &yes, MTU: &mtu, LinkMTU: &link,
 	}
 	wantPage(t, easyPage, func(out *strings.Builder) error { return showNetcheck(out, n) })
 	n = overlay.Netcheck{
@@ -120,16 +126,19 @@ udp            passes: 3 of 3 server ports answer
 ipv4           40 ms to the nearest server
 ipv6           no address that leads out
 addresses      192.168.1.2
+public         203.0.113.1
 seen at        203.0.113.1:41641 by 198.51.100.1:443
                no answer from 198.51.100.1:3478
 nat            one port for all destinations (endpoint-independent), the machine's own
 filtering      address-and-port-dependent: only who was sent to may answer
 hairpin        no
 lifetime       between 28 and 40 s
-port mapping   none is known
-double nat     not known
+port mapping   192.168.1.1 forwards 100.64.0.9:7000 by pcp, an address of the provider's: of use behind the same NAT only
+               fe80::1 forwards none: pcp: the router refuses: result 2, not authorized; no answer by upnp
+               the router forwards none: still asked; its own address is private, of another router's network
+double nat     yes
 carrier's nat  not known
-mtu            not measured
+mtu            1280 to the server, 1500 on this machine's link
 
 RELAY         LINK  RTT    NOTE
 198.51.100.1  udp   40 ms  home
@@ -147,7 +156,7 @@ nat            not known
 filtering      not measured
 hairpin        not measured
 lifetime       not measured; see --lifetime
-port mapping   none is known
+port mapping   no router to ask
 double nat     not known
 carrier's nat  not known
 mtu            not measured

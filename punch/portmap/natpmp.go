@@ -41,6 +41,7 @@ type natpmp struct {
 	route Route
 	port  uint16
 	epoch epoch
+	told  netip.Addr // the router's outer address; zero: it was not told yet
 }
 
 func newNATPMP(r Route, port uint16) *natpmp { return &natpmp{route: r, port: port} }
@@ -55,8 +56,13 @@ func (n *natpmp) find(ctx context.Context) error {
 // address asks for the router's outer address.
 func (n *natpmp) address(ctx context.Context) (netip.Addr, error) {
 	r, err := n.send(ctx, pmpAddress, []byte{pmpVersion, pmpAddress})
+	if err == nil {
+		n.told = r.address
+	}
 	return r.address, err
 }
+
+func (n *natpmp) outer() netip.Addr { return n.told }
 
 func (n *natpmp) ask(ctx context.Context, w want) (grant, error) {
 	ip, err := n.address(ctx)
@@ -92,7 +98,8 @@ func (n *natpmp) alive(ctx context.Context, got grant) (bool, error) {
 	return ip == got.external.Addr() && !n.epoch.lost(), nil
 }
 
-// remove asks for no lifetime and no external port (RFC 6886 section 3.4).
+// remove asks for no lifetime and no external port (RFC 6886 section 3.4), which
+// concerns but our own.
 func (n *natpmp) remove(ctx context.Context, _ grant) error {
 	_, err := n.assign(ctx, want{port: n.port})
 	return err
@@ -113,7 +120,7 @@ func (n *natpmp) send(ctx context.Context, opcode byte, request []byte) (pmpRepl
 		return pmpReply{}, err
 	}
 	if got.result != pmpSuccess {
-		return pmpReply{}, &refusal{fmt.Errorf("the router refuses: NAT-PMP result %d", got.result)}
+		return pmpReply{}, &refusal{err: fmt.Errorf("the router refuses: %s", resultText(NATPMP, int(got.result)))}
 	}
 	n.epoch.note(got.epoch, time.Now())
 	return got, nil

@@ -44,6 +44,7 @@ const (
 	// Results (RFC 6887 section 7.4) that are told apart.
 	pcpSuccess            = 0
 	pcpUnsupportedVersion = 1
+	pcpNotAuthorized      = 2
 )
 
 var (
@@ -101,9 +102,18 @@ func (p *pcp) alive(ctx context.Context, _ grant) (bool, error) {
 	return !p.epoch.lost(), nil
 }
 
-// remove asks for a lifetime of nothing (RFC 6887 section 15).
+// remove asks for a lifetime of nothing (RFC 6887 section 15). Where that is
+// refused the mapping gets the shortest life there is: miniupnpd up to 2.3.1 forgets
+// whose a pinhole of IPv6 is when it is asked for it a second time, also by a
+// repeated request, and lets it be renewed then, but not removed.
 func (p *pcp) remove(ctx context.Context, got grant) error {
 	_, err := p.assign(ctx, want{port: p.port, external: got.external})
+	if refused, ok := errors.AsType[*refusal](err); ok && refused.code == pcpNotAuthorized {
+		left, again := p.assign(ctx, want{port: p.port, external: got.external, lifetime: time.Second})
+		if again == nil {
+			return fmt.Errorf("%w; it is gone in %v", err, left.lifetime)
+		}
+	}
 	return err
 }
 
@@ -130,7 +140,7 @@ func (p *pcp) assign(ctx context.Context, w want) (grant, error) {
 		return grant{}, err
 	}
 	if answer.result != pcpSuccess {
-		return grant{}, &refusal{fmt.Errorf("the router refuses: PCP result %d", answer.result)}
+		return grant{}, &refusal{fmt.Errorf("the router refuses: %s", resultText(PCP, int(answer.result))), answer.result}
 	}
 	p.epoch.mapped()
 	return grant{answer.external, answer.lifetime}, nil

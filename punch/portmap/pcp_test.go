@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -253,4 +254,18 @@ func FuzzNATPMP(f *testing.F) {
 			t.Errorf("%x gives %+v", b, r)
 		}
 	})
+}
+
+// What a router does not let be removed gets the shortest life instead.
+func TestPCPShortens(t *testing.T) {
+	r := newRouter(t)
+	r.set(func() { r.pcp, r.keeps = true, true })
+	p := newPCP(r.route(), testPort, randomSecret())
+	got := mustAsk(t, p, netip.AddrPortFrom(outer(), testPort))
+	if err := p.remove(timely(t), got); err == nil || !strings.Contains(err.Error(), "gone in 2m0s") {
+		t.Errorf("%v", err)
+	}
+	if r.set(func() {}); r.granted != 120 {
+		t.Errorf("lives for %d s more", r.granted)
+	}
 }

@@ -2,7 +2,8 @@
 // outer address from which packets of anybody reach ours. It speaks PCP (RFC 6887),
 // also for the firewalls of IPv6, NAT-PMP (RFC 6886) and UPnP IGD 1 and 2.
 //
-//	portmap.go   the Mapper: one site for each way to a router
+//	portmap.go   the Mapper: one site for each way to a router and port of ours
+//	report.go    what routers said, also where they map nothing
 //	site.go      what happens at a site: find a protocol, map, renew, remove
 //	race.go      all protocols are looked for at once; the best that answers wins
 //	pcp.go, natpmp.go, upnp.go   the protocols
@@ -44,12 +45,13 @@ const (
 	UPnP   = "upnp"
 )
 
-// Mapping is a way in. External leads to our port at Local, as the router says.
+// Mapping is a way in. External leads to our Port at Local, as the router says.
 // DoubleNAT says that External is an address of a carrier or of another home
 // network: it is of use only for peers behind the same one.
 type Mapping struct {
 	External  netip.AddrPort
 	Local     netip.Addr
+	Port      uint16
 	Protocol  string
 	Lifetime  time.Duration
 	DoubleNAT bool
@@ -58,7 +60,7 @@ type Mapping struct {
 // Config tells a Mapper what to map. OnMapping is called from Run whenever the
 // mappings change, with all of them; it must not block.
 type Config struct {
-	Port uint16 // UDP, ours
+	Port uint16 // UDP, ours, at first: see SetPorts
 	// Name is what people see in the router's list.
 	Name string
 	// Secret makes the nonces by which PCP knows who owns a mapping, so that a
@@ -68,8 +70,12 @@ type Config struct {
 	Log       *slog.Logger // nil: silent
 }
 
-// MaxRoutes is how many routes are used; further ones are ignored.
-const MaxRoutes = 4
+// MaxRoutes is how many routes are used, and MaxPorts how many ports of ours are
+// mapped at each; further ones are ignored.
+const (
+	MaxRoutes = 4
+	MaxPorts  = 4
+)
 
 var errNoPort = errors.New("no port to map")
 
@@ -79,11 +85,20 @@ type Mapper struct {
 	cfg  Config
 	log  *slog.Logger
 	wake chan struct{}
+	told func() // of every change; nil: nobody
 
 	mu     sync.Mutex
 	routes []Route
-	sites  map[Route]*site // of those that run
-	held   map[Route]Mapping
+	ports  []uint16
+	sites  map[place]*site // of those that run
+	held   map[place]Mapping
+	said   map[place]said
+}
+
+// place is where a mapping is held: one port of ours at one router.
+type place struct {
+	Route
+	port uint16
 }
 
 // New returns a Mapper that does nothing before Run. The error is a Config
@@ -93,8 +108,8 @@ func New(c Config) (*Mapper, error) {
 		return nil, fmt.Errorf("new port mapper: %w", errNoPort)
 	}
 	m := &Mapper{
-		cfg: c, log: c.Log, wake: make(chan struct{}, 1),
-		sites: map[Route]*site{}, held: map[Route]Mapping{},
+		cfg: c, log: c.Log, wake: make(chan struct{}, 1), ports: []uint16{c.Port},
+		sites: map[place]*site{}, held: map[place]Mapping{}, said: map[place]said{},
 	}
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
@@ -120,6 +135,31 @@ func (m *Mapper) SetRoutes(routes []Route) {
 	m.Check()
 }
 
+// SetPorts says which of our UDP ports are to be mapped from now on, in the place
+// of Config.Port and of earlier ones: those that are not among them are closed.
+func (m *Mapper) SetPorts(ports ...uint16) {
+	m.mu.Lock()
+	m.ports = nil
+	for _, p := range ports {
+		if p != 0 && !slices.Contains(m.ports, p) && len(m.ports) < MaxPorts {
+			m.ports = append(m.ports, p)
+		}
+	}
+	m.mu.Unlock()
+	m.notify()
+}
+
+// places lists what is to be held; mu is held.
+func (m *Mapper) places() []place {
+	var list []place
+	for _, r := range m.routes {
+		for _, p := range m.ports {
+			list = append(list, place{r, p})
+		}
+	}
+	return list
+}
+
 // Check has the mappings looked at now, because something seems to have changed.
 func (m *Mapper) Check() {
 	m.mu.Lock()
@@ -129,12 +169,12 @@ func (m *Mapper) Check() {
 	}
 }
 
-// Run keeps the mappings until ctx ends, then removes them, which takes at most
-// a second, and returns nil.
+// Run keeps the mappings until ctx ends, then removes them, which takes little
+// more than a second at most, and returns nil.
 func (m *Mapper) Run(ctx context.Context) error {
 	var group errgroup.Group
 	var told []Mapping
-	running := map[Route]*run{}
+	running := map[place]*run{}
 	for ctx.Err() == nil {
 		m.adjust(ctx, running, &group)
 		if now := m.Mappings(); !slices.Equal(now, told) {
@@ -153,7 +193,7 @@ func (m *Mapper) Run(ctx context.Context) error {
 	return err
 }
 
-// run is a site at work. A later one for the same route waits for its end, or
+// run is a site at work. A later one for the same place waits for its end, or
 // the one would remove what the other has just mapped.
 type run struct {
 	cancel context.CancelFunc
@@ -170,29 +210,31 @@ func (r *run) over() bool {
 	}
 }
 
-// adjust ends the sites of routes that are gone and starts those of new ones.
-func (m *Mapper) adjust(ctx context.Context, running map[Route]*run, group *errgroup.Group) {
+// adjust ends the sites of places that are gone and starts those of new ones.
+func (m *Mapper) adjust(ctx context.Context, running map[place]*run, group *errgroup.Group) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for route, r := range running {
-		if !slices.Contains(m.routes, route) && !r.ended {
+	places := m.places()
+	for at, r := range running {
+		if !slices.Contains(places, at) && !r.ended {
 			r.cancel()
 			r.ended = true
-			delete(m.sites, route)
+			delete(m.sites, at)
+			delete(m.said, at)
 		}
 		if r.over() {
-			delete(running, route)
+			delete(running, at)
 		}
 	}
-	for _, route := range m.routes {
-		before := running[route]
+	for _, at := range places {
+		before := running[at]
 		if before != nil && !before.ended {
 			continue
 		}
-		s := m.newSite(route)
+		s := m.newSite(at)
 		siteCtx, cancel := context.WithCancel(ctx)
 		now := &run{cancel: cancel, done: make(chan struct{})}
-		running[route], m.sites[route] = now, s
+		running[at], m.sites[at] = now, s
 		group.Go(func() error {
 			defer close(now.done)
 			defer cancel()
@@ -209,13 +251,15 @@ func (r Route) usable() bool {
 	return r.Gateway.IsValid() && r.Local.IsValid() && r.Gateway.Is4() == r.Local.Is4() && !r.Local.Is4In6()
 }
 
-func (m *Mapper) newSite(r Route) *site {
-	protocols := []protocol{newPCP(r, m.cfg.Port, m.cfg.Secret)}
+func (m *Mapper) newSite(at place) *site {
+	r := at.Route
+	protocols := []protocol{newPCP(r, at.port, m.cfg.Secret)}
 	if r.Local.Is4() { // for IPv6 there is but PCP
-		protocols = append(protocols, newNATPMP(r, m.cfg.Port), newUPnP(r, m.cfg.Port, m.cfg.Name))
+		protocols = append(protocols, newNATPMP(r, at.port), newUPnP(r, at.port, m.cfg.Name))
 	}
-	s := newSite(protocols, want{port: m.cfg.Port, lifetime: lifetime}, m.log)
-	s.report = func(got *Mapping) { m.set(r, got) }
+	s := newSite(protocols, want{port: at.port, lifetime: lifetime}, m.log)
+	s.report = func(got *Mapping) { m.set(at, got) }
+	s.failed = func(what said) { m.note(at, what) }
 	if r.Local.Is4() && r.Link != 0 {
 		s.listen = func(ctx context.Context) { listen(ctx, r, s.look) }
 	}
@@ -223,13 +267,14 @@ func (m *Mapper) newSite(r Route) *site {
 }
 
 // set notes what a site has; nil: nothing.
-func (m *Mapper) set(r Route, got *Mapping) {
+func (m *Mapper) set(at place, got *Mapping) {
 	m.mu.Lock()
 	if got == nil {
-		delete(m.held, r)
+		delete(m.held, at)
 	} else {
-		got.Local = r.Local
-		m.held[r] = *got
+		got.Local, got.Port = at.Local, at.port
+		m.held[at] = *got
+		delete(m.said, at)
 	}
 	m.mu.Unlock()
 	m.notify()
@@ -240,8 +285,8 @@ func (m *Mapper) Mappings() []Mapping {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var list []Mapping
-	for _, r := range m.routes {
-		if got, ok := m.held[r]; ok {
+	for _, at := range m.places() {
+		if got, ok := m.held[at]; ok {
 			list = append(list, got)
 		}
 	}
@@ -258,5 +303,8 @@ func (m *Mapper) notify() {
 	select {
 	case m.wake <- struct{}{}:
 	default:
+	}
+	if m.told != nil {
+		m.told()
 	}
 }

@@ -59,14 +59,14 @@ func TestMapper(t *testing.T) {
 	r.set(func() { r.pcp, r.pmp = true, true })
 	m := startMapper(t)
 	m.SetRoutes([]Route{r.route()})
-	got := Mapping{External: netip.AddrPortFrom(outer(), testPort), Local: local(), Protocol: PCP, Lifetime: lifetime}
+	got := Mapping{External: netip.AddrPortFrom(outer(), testPort), Local: local(), Port: testPort, Protocol: PCP, Lifetime: lifetime}
 	eventually(t, "mapped", m.has(got))
 	// The router starts anew, behind another one.
 	r.reboot()
 	r.set(func() { r.external = netip.MustParseAddrPort("100.64.0.7:7000") })
 	time.Sleep(lookPause)
 	m.Check()
-	other := Mapping{External: netip.MustParseAddrPort("100.64.0.7:7000"), Local: local(), Protocol: PCP, Lifetime: lifetime, DoubleNAT: true}
+	other := Mapping{External: netip.MustParseAddrPort("100.64.0.7:7000"), Local: local(), Port: testPort, Protocol: PCP, Lifetime: lifetime, DoubleNAT: true}
 	eventually(t, "mapped anew", m.has(other))
 	// Another network, and back.
 	m.SetRoutes(nil)
@@ -84,7 +84,7 @@ func TestMapperFallsBack(t *testing.T) {
 	g := newIGD(t)
 	m := startMapper(t)
 	m.SetRoutes([]Route{g.route()})
-	got := Mapping{External: netip.AddrPortFrom(outer(), testPort), Local: local(), Protocol: UPnP, Lifetime: lifetime}
+	got := Mapping{External: netip.AddrPortFrom(outer(), testPort), Local: local(), Port: testPort, Protocol: UPnP, Lifetime: lifetime}
 	eventually(t, "mapped by UPnP", m.has(got))
 	m.end()
 	if len(g.entries) > 0 {
@@ -98,7 +98,7 @@ func TestMapperFlaps(t *testing.T) {
 	r := newRouter(t)
 	r.set(func() { r.pcp = true })
 	m := startMapper(t)
-	got := Mapping{External: netip.AddrPortFrom(outer(), testPort), Local: local(), Protocol: PCP, Lifetime: lifetime}
+	got := Mapping{External: netip.AddrPortFrom(outer(), testPort), Local: local(), Port: testPort, Protocol: PCP, Lifetime: lifetime}
 	for range 5 {
 		m.SetRoutes([]Route{r.route()})
 		eventually(t, "mapped", m.has(got))
@@ -131,5 +131,27 @@ func TestEndIsBounded(t *testing.T) {
 	m.end()
 	if took := time.Since(start); took > removeTimeout+500*time.Millisecond {
 		t.Errorf("the end took %v", took)
+	}
+}
+
+// Another port of ours takes the place of the one before, at the router too.
+func TestMapperChangesPorts(t *testing.T) {
+	r := newRouter(t)
+	r.set(func() { r.pmp = true })
+	m := startMapper(t)
+	of := func(port uint16) Mapping {
+		return Mapping{External: netip.AddrPortFrom(outer(), port), Local: local(), Port: port, Protocol: NATPMP, Lifetime: lifetime}
+	}
+	m.SetRoutes([]Route{r.route()})
+	eventually(t, "mapped", m.has(of(testPort)))
+	m.SetPorts(testPort+1, 0, testPort+1)
+	eventually(t, "moved", func() bool {
+		return m.has(of(testPort+1))() && r.has(testPort) == 0 && r.has(testPort+1) != 0
+	})
+	m.SetPorts(testPort+1, testPort+2)
+	eventually(t, "both mapped", m.has(of(testPort+1), of(testPort+2)))
+	m.end()
+	if r.has(testPort+1) != 0 || r.has(testPort+2) != 0 {
+		t.Errorf("left: %v", r.mapped)
 	}
 }

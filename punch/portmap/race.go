@@ -22,6 +22,7 @@ type race struct {
 	order  []protocol
 	closes time.Time // end of the window
 	ends   chan outcome
+	failed failures
 }
 
 type outcome struct {
@@ -34,7 +35,7 @@ func startRace(ctx context.Context, order []protocol) (r *race, stop func()) {
 	ctx, cancel := context.WithTimeout(ctx, findTimeout)
 	r = &race{
 		open: slices.Clone(order), order: order, closes: time.Now().Add(raceWindow),
-		ends: make(chan outcome, len(order)),
+		ends: make(chan outcome, len(order)), failed: failures{},
 	}
 	var searches sync.WaitGroup
 	for _, p := range order {
@@ -63,6 +64,8 @@ func (r *race) next(ctx context.Context) protocol {
 			r.open = slices.DeleteFunc(r.open, func(p protocol) bool { return p == o.protocol })
 			if o.err == nil {
 				r.found = append(r.found, o.protocol)
+			} else {
+				r.failed[o.protocol.name()] = o.err
 			}
 		}
 	}

@@ -39,6 +39,8 @@ type router struct {
 	mapped   map[uint16]uint16 // inner to outer port
 	lies     [][]byte          // sent before each answer
 	lost     int               // requests that are not heard
+	keeps    bool              // removing is refused, and lives below two minutes are made that long
+	granted  uint32            // seconds, last, of PCP
 }
 
 func newRouter(t *testing.T) *router {
@@ -138,11 +140,21 @@ func (r *router) answerPCP(b []byte, epoch uint32) []byte {
 		out[3] = 2
 		return out
 	}
-	if binary.BigEndian.Uint32(b[4:]) == 0 {
+	life := binary.BigEndian.Uint32(b[4:])
+	if life == 0 && r.keeps {
+		out[3] = pcpNotAuthorized
+		return out
+	}
+	if life == 0 {
 		delete(r.mapped, port)
 		r.nonce = nil
 		return out
 	}
+	if r.keeps {
+		life = max(life, 120)
+		binary.BigEndian.PutUint32(out[4:], life)
+	}
+	r.granted = life
 	external := binary.BigEndian.Uint16(b[42:])
 	if r.external.Port() != 0 {
 		external = r.external.Port()

@@ -34,6 +34,9 @@ const (
 
 	askTimeout    = 3 * time.Second
 	removeTimeout = time.Second
+	// lastWait is how long the answer to a request may take that is on its way when
+	// everything ends, and how long the request to forget it, if none came.
+	lastWait = 300 * time.Millisecond
 )
 
 // want is what a router is asked for. The zero external leaves the choice to it.
@@ -51,7 +54,10 @@ type grant struct {
 
 // refusal is a router's own word that it will not, or has not: the reason to try
 // another protocol rather than to ask again.
-type refusal struct{ err error }
+type refusal struct {
+	err  error
+	code byte // of PCP
+}
 
 func (r *refusal) Error() string { return r.err.Error() }
 func (r *refusal) Unwrap() error { return r.err }
@@ -65,6 +71,8 @@ type protocol interface {
 	ask(context.Context, want) (grant, error)
 	// alive says whether the router still has the mapping.
 	alive(context.Context, grant) (bool, error)
+	// remove takes the mapping back. The zero grant is one that the router may have
+	// made and has not told of: it must not harm anybody else's.
 	remove(context.Context, grant) error
 }
 
@@ -74,12 +82,16 @@ type site struct {
 	want      want
 	log       *slog.Logger
 	report    func(*Mapping)        // nil: there is none
+	failed    func(said)            // an attempt ended without one
 	listen    func(context.Context) // for announcements; nil: none
 	looks     chan struct{}
 }
 
 func newSite(protocols []protocol, w want, log *slog.Logger) *site {
-	return &site{protocols: protocols, want: w, log: log, report: func(*Mapping) {}, looks: make(chan struct{}, 1)}
+	return &site{
+		protocols: protocols, want: w, log: log, looks: make(chan struct{}, 1),
+		report: func(*Mapping) {}, failed: func(said) {},
+	}
 }
 
 // look has the site ask the router now; it never blocks.
@@ -143,26 +155,53 @@ func (s *site) attempt(ctx context.Context) bool {
 	defer stop()
 	for p := race.next(ctx); p != nil; p = race.next(ctx) {
 		got, err := s.ask(ctx, p, s.want)
-		if err != nil {
-			s.log.Debug("port not mapped", "protocol", p.name(), "err", err)
-			continue
+		switch {
+		case err == nil:
+			stop()
+			s.hold(ctx, p, got)
+			return true
+		case ctx.Err() != nil:
+			s.takeBack(ctx, p, err)
+			return false
 		}
-		stop()
-		s.hold(ctx, p, got)
-		return true
+		s.log.Debug("port not mapped", "protocol", p.name(), "err", err)
+		race.failed[p.name()] = err
+	}
+	if ctx.Err() == nil {
+		s.failed(said{outerOf(s.protocols), race.failed.inOrder(s.protocols)})
 	}
 	return false
 }
 
-func (s *site) ask(ctx context.Context, p protocol, w want) (grant, error) {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+// takeBack has the router forget what it may have mapped although its answer did
+// not come before the end.
+func (s *site) takeBack(ctx context.Context, p protocol, err error) {
+	if _, refused := errors.AsType[*refusal](err); refused || errors.Is(err, errEnded) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWait)
 	defer cancel()
-	got, err := p.ask(ctx, w)
+	err = p.remove(ctx, grant{})
+	s.log.Debug("mapping on its way taken back", "protocol", p.name(), "err", err)
+}
+
+var errEnded = errors.New("everything ends")
+
+// ask outlives ctx for lastWait, so that a mapping that the router is about to make
+// is known, and can be removed.
+func (s *site) ask(ctx context.Context, p protocol, w want) (grant, error) {
+	if ctx.Err() != nil {
+		return grant{}, errEnded
+	}
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(lastWait, cancel) })()
+	got, err := p.ask(asking, w)
 	if err != nil {
 		return grant{}, err
 	}
 	if !sound(got.external) {
-		return grant{}, &refusal{errExternal}
+		return grant{}, &refusal{err: errExternal}
 	}
 	got.lifetime = min(max(got.lifetime, minLifetime), maxLifetime)
 	return got, nil
@@ -204,12 +243,13 @@ func (s *site) hold(ctx context.Context, p protocol, got grant) {
 		next, err := s.ask(ctx, p, want{s.want.port, got.external, s.want.lifetime})
 		_, refused := errors.AsType[*refusal](err)
 		switch {
+		case err == nil: // also at the end: then this is what is to be removed
 		case ctx.Err() != nil:
 			continue
 		case refused, h.missed(err) && gone:
 			s.log.Debug("mapped port lost", "protocol", p.name(), "err", err)
 			return
-		case err != nil:
+		default:
 			continue
 		}
 		h = holding{at: now, tried: now}
@@ -277,7 +317,7 @@ func (s *site) alive(ctx context.Context, p protocol, got grant) (bool, error) {
 	return p.alive(ctx, got)
 }
 
-// remove takes the mapping back, which ctx, at its end, does not stop.
+// remove takes the mapping back, which the end of ctx does not stop.
 func (s *site) remove(ctx context.Context, p protocol, got grant) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTimeout)
 	defer cancel()

@@ -18,6 +18,7 @@ type fake struct {
 
 	mu      sync.Mutex
 	after   time.Duration // find answers; negative: never
+	slow    time.Duration // ask maps at once, and answers after that
 	fails   error         // find, ask and alive
 	life    time.Duration
 	outer   netip.AddrPort
@@ -26,6 +27,7 @@ type fake struct {
 	wished  []netip.AddrPort
 	checked int
 	removed int
+	gave    grant // removed last
 }
 
 func newFake(label string) *fake {
@@ -52,7 +54,7 @@ func (f *fake) find(ctx context.Context) error {
 	}
 }
 
-func (f *fake) ask(_ context.Context, w want) (grant, error) {
+func (f *fake) ask(ctx context.Context, w want) (grant, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.asked = append(f.asked, time.Now())
@@ -61,7 +63,18 @@ func (f *fake) ask(_ context.Context, w want) (grant, error) {
 		return grant{}, f.fails
 	}
 	f.has = true
-	return grant{f.outer, f.life}, nil
+	got := grant{f.outer, f.life}
+	if f.slow == 0 {
+		return got, nil
+	}
+	f.mu.Unlock()
+	defer f.mu.Lock()
+	select {
+	case <-ctx.Done():
+		return grant{}, ctx.Err()
+	case <-time.After(f.slow):
+		return got, nil
+	}
 }
 
 func (f *fake) alive(context.Context, grant) (bool, error) {
@@ -71,10 +84,11 @@ func (f *fake) alive(context.Context, grant) (bool, error) {
 	return f.has, f.fails
 }
 
-func (f *fake) remove(context.Context, grant) error {
+func (f *fake) remove(_ context.Context, got grant) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.removed++
+	f.gave = got
 	f.has = false
 	return nil
 }
@@ -181,7 +195,7 @@ func TestNextProtocol(t *testing.T) {
 
 type refusing struct{ *fake }
 
-func (refusing) ask(context.Context, want) (grant, error) { return grant{}, &refusal{errSilent} }
+func (refusing) ask(context.Context, want) (grant, error) { return grant{}, &refusal{err: errSilent} }
 
 func TestRenewalAndRemoval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -339,4 +353,62 @@ func TestUnsoundMappings(t *testing.T) {
 			t.Errorf("inner(%s) = %v", addr, got)
 		}
 	}
+}
+
+// What a router is about to map when everything ends is taken back: when its answer
+// comes soon, and when it does not.
+func TestEndWhileAsking(t *testing.T) {
+	for slow, want := range map[time.Duration]struct {
+		took time.Duration
+		gave bool
+	}{200 * time.Millisecond: {200 * time.Millisecond, true}, time.Minute: {lastWait, false}} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFake("a")
+			f.slow = slow
+			s := startSite(t, f)
+			synctest.Wait() // it asks
+			start := time.Now()
+			s.end()
+			if took := time.Since(start); took != want.took {
+				t.Errorf("the end took %v, not %v", took, want.took)
+			}
+			if f.removed != 1 || f.has || (f.gave.external == f.outer) != want.gave {
+				t.Errorf("removed %d times, there is one: %v, gave %v", f.removed, f.has, f.gave)
+			}
+		})
+	}
+}
+
+// A renewal that is on its way at the end is waited for: it may have made another
+// mapping.
+func TestEndWhileRenewing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake("a")
+		f.life = time.Minute
+		s := startSite(t, f)
+		synctest.Wait()
+		other := netip.MustParseAddrPort("203.0.113.7:2000")
+		f.set(func() { f.slow, f.outer = 200*time.Millisecond, other })
+		time.Sleep(30 * time.Second) // half of its life
+		synctest.Wait()
+		s.end()
+		if f.removed != 1 || f.gave.external != other {
+			t.Errorf("removed %d times, the last %v", f.removed, f.gave)
+		}
+	})
+}
+
+// Nothing is asked of a router that has refused, or was not asked.
+func TestEndAfterRefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake("a")
+		f.fails = &refusal{err: errExternal}
+		f.after = time.Second
+		s := startSite(t, f)
+		time.Sleep(500 * time.Millisecond)
+		s.end()
+		if f.removed != 0 {
+			t.Error("removed what was never asked for")
+		}
+	})
 }

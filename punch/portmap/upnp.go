@@ -38,8 +38,9 @@ type upnp struct {
 	port   uint16
 	label  string
 	client *http.Client
-	found  []service // by find
-	used   service   // by ask
+	found  []service  // by find
+	used   service    // by ask
+	told   netip.Addr // the router's outer address; zero: it was not told yet
 }
 
 func newUPnP(r Route, port uint16, label string) *upnp {
@@ -64,9 +65,9 @@ func (u *upnp) ask(ctx context.Context, w want) (grant, error) {
 	for _, s := range u.found {
 		ip, err := u.address(ctx, s)
 		if err == nil {
+			u.used = s
 			var got grant
 			if got, err = u.add(ctx, s, w); err == nil {
-				u.used = s
 				return grant{netip.AddrPortFrom(ip, got.external.Port()), got.lifetime}, nil
 			}
 		}
@@ -86,8 +87,11 @@ func (u *upnp) address(ctx context.Context, s service) (netip.Addr, error) {
 	if err != nil || !ip.IsGlobalUnicast() { // that of no connection is 0.0.0.0, or empty
 		return netip.Addr{}, errExternal
 	}
-	return ip.Unmap(), nil
+	u.told = ip.Unmap()
+	return u.told, nil
 }
+
+func (u *upnp) outer() netip.Addr { return u.told }
 
 // entry names a mapping; its fields are as the router wants them, in order.
 type entry struct {
@@ -158,12 +162,7 @@ func (u *upnp) alive(ctx context.Context, got grant) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	in := entryOf(got.external.Port())
-	var out struct {
-		Port   string `xml:"NewInternalPort"`
-		Client string `xml:"NewInternalClient"`
-	}
-	err = u.call(ctx, u.used, "GetSpecificPortMappingEntry", &in, &out)
+	ours, err := u.has(ctx, got.external.Port())
 	switch code := faultCode(err); {
 	case code == upnpNoSuchEntry:
 		return false, nil
@@ -172,12 +171,34 @@ func (u *upnp) alive(ctx context.Context, got grant) (bool, error) {
 	case err != nil:
 		return false, err
 	}
-	same := out.Port == strconv.Itoa(int(u.port)) && out.Client == u.route.Local.String()
-	return same && ip == got.external.Addr(), nil
+	return ours && ip == got.external.Addr(), nil
 }
 
+// has asks for the entry of an outer port, and whether it is ours.
+func (u *upnp) has(ctx context.Context, port uint16) (bool, error) {
+	in := entryOf(port)
+	var out struct {
+		Port   string `xml:"NewInternalPort"`
+		Client string `xml:"NewInternalClient"`
+	}
+	err := u.call(ctx, u.used, "GetSpecificPortMappingEntry", &in, &out)
+	return err == nil && out.Port == strconv.Itoa(int(u.port)) && out.Client == u.route.Local.String(), err
+}
+
+// remove looks first whose entry it is where the router has not said that it is
+// ours: not every router asks who deletes it.
 func (u *upnp) remove(ctx context.Context, got grant) error {
-	in := entryOf(got.external.Port())
+	port := got.external.Port()
+	if port == 0 {
+		port = u.port
+		if u.used.control == nil {
+			return nil // it was not asked for anything yet
+		}
+		if ours, err := u.has(ctx, port); !ours {
+			return err
+		}
+	}
+	in := entryOf(port)
 	return u.call(ctx, u.used, "DeletePortMapping", &in, nil)
 }
 
@@ -190,7 +211,7 @@ func (u *upnp) call(ctx context.Context, s service, action string, in, out any) 
 	}
 	err = fmt.Errorf("%s: %w", action, err)
 	if faultCode(err) != 0 {
-		return &refusal{err}
+		return &refusal{err: err}
 	}
 	return err
 }

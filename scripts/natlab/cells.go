@@ -11,7 +11,10 @@ import (
 // Place is the network of one laptop of a cell.
 type Place struct {
 	NAT     NAT
-	Carrier NAT    // between the home and the Internet; empty is none
+	Carrier NAT // between the home and the Internet; empty is none
+	// Mapping is how the router maps ports for who asks; it is a Random one then,
+	// and the LAN one of its own. Empty: it maps none.
+	Mapping PortMapping
 	LAN     string // prefix; empty is one of its own
 	IPv6    IPv6
 }
@@ -81,6 +84,9 @@ func (c Cell) Name() string {
 
 func (p Place) String() string {
 	text := string(p.NAT)
+	if p.Mapping != "" {
+		text += "+" + string(p.Mapping)
+	}
 	if p.Carrier != "" {
 		text += "+" + string(p.Carrier)
 	}
@@ -113,7 +119,7 @@ const (
 
 // Cells are the rows of the matrix: every pair of networks with its bar.
 func Cells() []Cell {
-	return slices.Concat(easyCells(), hardCells(), carrierCells(), homeCells(), lineCells())
+	return slices.Concat(easyCells(), hardCells(), mappedCells(), carrierCells(), homeCells(), lineCells())
 }
 
 func at(n NAT) Place { return Place{NAT: n} }
@@ -156,8 +162,32 @@ func hardCells() []Cell {
 	}
 }
 
+// mappedCells have a router that maps ports on one side, and one on the other side
+// with which nobody meets directly otherwise.
+func mappedCells() []Cell {
+	var list []Cell
+	for _, m := range []PortMapping{MapPCP, MapNATPMP, MapUPnP1, MapUPnP2} {
+		list = append(list, Cell{
+			Group: "mapped", One: Place{NAT: Random, Mapping: m}, Two: at(Random),
+			Bar: within(mappedWorst, 1), Short: m == MapPCP,
+		})
+	}
+	return list
+}
+
+// mappedWorst is how long two may take of which one is let in by its router.
+const mappedWorst = 1500 * time.Millisecond
+
 func carrierCells() []Cell {
 	return []Cell{
+		{
+			Group: "carrier", Together: SameCarrier, Bar: within(mappedWorst, 1), Note: "PCP on the homes",
+			One: Place{NAT: Random, Carrier: Masquerade, Mapping: MapPCP}, Two: Place{NAT: Random, Mapping: MapPCP},
+		},
+		{
+			Group: "carrier", Together: SameCarrier, Bar: within(mappedWorst, 1), Note: "PCP on 100.64.0.0/10",
+			One: Place{NAT: Random, Carrier: Masquerade, Mapping: MapShared}, Two: Place{NAT: Random, Mapping: MapShared},
+		},
 		{
 			Group: "carrier", Together: SameCarrier, Bar: easyBar(), Short: true,
 			One: Place{NAT: Masquerade, Carrier: Hairpin, LAN: cellLAN}, Two: Place{NAT: Masquerade, LAN: cellLAN},

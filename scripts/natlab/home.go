@@ -38,6 +38,8 @@ type Home struct {
 	proxy *Process
 	// mapper maps ports where the home has one.
 	mapper *Process
+	// mapping is how a home with rules of its own maps ports; see HardHome.
+	mapping PortMapping
 
 	mu      sync.Mutex
 	wan     netip.Addr
@@ -242,6 +244,9 @@ func (h *Home) SetWAN(ctx context.Context, addr netip.Addr) error {
 
 // Reboot makes the router forget every mapping it holds.
 func (h *Home) Reboot(ctx context.Context) error {
+	if h.mapping != "" { // nothing is mapped any more when its nodes are down
+		return h.Forget(ctx)
+	}
 	if err := h.load(ctx, h.WAN()); err != nil {
 		return err
 	}

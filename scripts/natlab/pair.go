@@ -137,17 +137,24 @@ func (p *Pair) homes(ctx context.Context) (homes [2]*Home, err error) {
 			}
 			p.routers = append(p.routers, carrier)
 		}
-		prefix, err := place.prefix()
-		if err != nil {
-			return homes, err
-		}
-		site := Site{NAT: place.NAT, LAN: prefix, Carrier: carrier, IPv6: place.IPv6}
-		if homes[i], err = p.lab.HomeAt(ctx, fmt.Sprintf("home%d", i), site); err != nil {
+		if homes[i], err = p.home(ctx, fmt.Sprintf("home%d", i), place, carrier); err != nil {
 			return homes, err
 		}
 		p.routers = append(p.routers, homes[i])
 	}
 	return homes, nil
+}
+
+// home makes that of one laptop.
+func (p *Pair) home(ctx context.Context, name string, place Place, carrier *Home) (*Home, error) {
+	if place.Mapping != "" {
+		return p.lab.HardHome(ctx, name, place.Mapping, carrier)
+	}
+	prefix, err := place.prefix()
+	if err != nil {
+		return nil, err
+	}
+	return p.lab.HomeAt(ctx, name, Site{NAT: place.NAT, LAN: prefix, Carrier: carrier, IPv6: place.IPv6})
 }
 
 func join(ctx context.Context, h *Host, invite string) (*pairEnd, error) {

@@ -20,6 +20,11 @@ const (
 	MapNATPMP PortMapping = "nat-pmp" // PCP is dropped without a word
 	MapUPnP1  PortMapping = "upnp-igd1"
 	MapUPnP2  PortMapping = "upnp-igd2"
+	// MapShared is PCP of the lab's own on an outer address that is not public:
+	// miniupnpd maps nothing there.
+	MapShared PortMapping = "pcp-shared"
+	// MapRefused is miniupnpd on such an address.
+	MapRefused PortMapping = "pcp-refused"
 	// MapNone is the same router without the daemon.
 	MapNone PortMapping = "none"
 )
@@ -66,7 +71,7 @@ deny 0-65535 0.0.0.0/0 0-65535
 // switches are the lines of the configuration that differ.
 func (m PortMapping) switches() string {
 	switch m {
-	case MapPCP, MapNATPMP:
+	case MapPCP, MapNATPMP, MapRefused:
 		return "enable_natpmp=yes\nenable_upnp=no"
 	case MapUPnP1:
 		return "enable_natpmp=no\nenable_upnp=yes\nforce_igd_desc_v1=yes"
@@ -76,7 +81,8 @@ func (m PortMapping) switches() string {
 
 // HardHome adds a home, behind a carrier or behind none, whose router gives every
 // flow another port, and maps ports for who asks in the given way. The router's
-// address looks public, for miniupnpd maps nothing on one that does not.
+// address looks public, for miniupnpd maps nothing on one that does not, but for
+// MapShared and MapRefused.
 func (l *Lab) HardHome(ctx context.Context, name string, m PortMapping, carrier *Home) (*Home, error) {
 	site := Site{NAT: Masquerade, Carrier: carrier}
 	if l.opts.IPv6 {
@@ -86,9 +92,12 @@ func (l *Lab) HardHome(ctx context.Context, name string, m PortMapping, carrier 
 	if err != nil {
 		return nil, err
 	}
+	h.mapping = m
 	wan := h.WAN().As4()
-	if err := h.SetWAN(ctx, netip.AddrFrom4([4]byte{44, 7, 7, wan[3]})); err != nil {
-		return nil, fmt.Errorf("add home %s: %w", name, err)
+	if m != MapShared && m != MapRefused {
+		if err := h.SetWAN(ctx, netip.AddrFrom4([4]byte{44, 7, 7, wan[3]})); err != nil {
+			return nil, fmt.Errorf("add home %s: %w", name, err)
+		}
 	}
 	rule := ""
 	if m == MapNATPMP {
@@ -99,10 +108,14 @@ func (l *Lab) HardHome(ctx context.Context, name string, m PortMapping, carrier 
 	if err := h.sh(ctx, s); err != nil {
 		return nil, fmt.Errorf("add home %s: %w", name, err)
 	}
-	if m == MapNone {
-		return h, nil
+	switch m {
+	case MapNone:
+	case MapShared:
+		err = h.startPCP()
+	default:
+		err = h.StartMapper(ctx, m)
 	}
-	if err := h.StartMapper(ctx, m); err != nil {
+	if err != nil {
 		return nil, fmt.Errorf("add home %s: %w", name, err)
 	}
 	return h, nil

@@ -7,11 +7,12 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"overlay/overlay"
 )
 
 const (
-	mappedWorst = 1500 * time.Millisecond
 	// remapWait is more than what lies between two checks of a router that
 	// announces nothing.
 	remapWait   = 75 * time.Second
@@ -90,16 +91,24 @@ func (r *race) meetMapped(run int) {
 // does not lead back in. What their routers map is on addresses that only those
 // behind it reach, and that no server has seen: they travel in signals.
 func TestMappedBehindOneCarrier(t *testing.T) {
-	m := newMesh(t)
-	carrier, err := m.Carrier(t.Context(), "carrier", Masquerade)
-	if err != nil {
-		t.Fatal(err)
-	}
+	needLab(t)
 	var all figures
-	r := &race{t: t, all: &all, cell: "one carrier, pcp"}
-	r.a, r.b = m.hardMembers(t, MapPCP, MapPCP, carrier)
-	for i := range runs(shortRuns, fullRuns) {
-		r.meetMapped(i)
+	for _, kind := range []PortMapping{MapPCP, MapShared} {
+		t.Run(string(kind), func(t *testing.T) {
+			m := newMesh(t)
+			carrier, err := m.Carrier(t.Context(), "carrier", Masquerade)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := &race{t: t, all: &all, cell: "one carrier, " + string(kind)}
+			r.a, r.b = m.hardMembers(t, kind, kind, carrier)
+			for i := range runs(shortRuns, fullRuns) {
+				r.meetMapped(i)
+				if via := pathTo(r.a.status(t), r.b.nodeName).Via; !slices.Contains(strings.Fields("mapped prflx"), via) {
+					t.Errorf("a reaches b by %s", via)
+				}
+			}
+		})
 	}
 	all.report(t)
 	all.of(whatDirect).atMost(t, 0, mappedWorst)
@@ -187,9 +196,10 @@ func TestRouterRestarts(t *testing.T) {
 	}
 }
 
-// TestPinhole has the firewall of IPv6 opened by PCP. Closing it is not looked at:
-// miniupnpd 2.3.1 takes the owner of a pinhole for another where the same host has a
-// port of IPv4 mapped ("Unauthorized to remove PCP mapping").
+// TestPinhole has the firewall of IPv6 opened by PCP, and closed again. A pinhole
+// that miniupnpd 2.3.1 was asked for twice, for example because its first answer came
+// late, is nobody's any more ("Unauthorized to remove PCP mapping": update_pinhole in
+// nftpinhole.c drops the nonce), and is left to end soon.
 func TestPinhole(t *testing.T) {
 	m := newMeshIn(t, Options{IPv6: true})
 	a := m.join(t, mustLaptop(t, mustHardHome(t, m.Lab, "home-a", MapPCP, nil), "a"))
@@ -203,7 +213,44 @@ func TestPinhole(t *testing.T) {
 			t.Fatalf("the firewall lets in %q, %v", list, err)
 		}
 	}
+	// The next one asks for what there is, which this miniupnpd does not let it
+	// remove after that.
+	if err := unix.Kill(a.daemon(t), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.up(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for start := time.Now(); ; time.Sleep(statusPoll) {
+		if text := a.home.mapper.tail(); strings.Contains(text, "updating pinhole") {
+			break
+		}
+		if time.Since(start) > directWait {
+			t.Fatal("not asked for again")
+		}
+	}
+	if err := a.down(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for start := time.Now(); ; time.Sleep(time.Second) {
+		list, err := a.home.Pinholes(t.Context())
+		if err == nil && len(list) == 0 {
+			t.Logf("gone after %v", time.Since(start).Round(time.Second))
+			break
+		}
+		if err != nil || time.Since(start) > pinholeGone || testing.Short() {
+			text := a.home.mapper.tail()
+			if err == nil && testing.Short() && strings.Count(text, "updating pinhole") > 1 {
+				break // it is made shorter
+			}
+			t.Fatalf("after the end the firewall lets in %q, %v\n%s", list, err, text)
+		}
+	}
 }
+
+// pinholeGone is more than the shortest life that miniupnpd gives, which is two
+// minutes.
+const pinholeGone = 150 * time.Second
 
 // TestBothMap has both routers map a port.
 func TestBothMap(t *testing.T) {
@@ -217,5 +264,27 @@ func TestBothMap(t *testing.T) {
 		if via := pathTo(pair[0].status(t), pair[1].nodeName).Via; !slices.Contains(strings.Fields("mapped prflx"), via) {
 			t.Errorf("%s reaches %s by %s", pair[0].nodeName, pair[1].nodeName, via)
 		}
+	}
+}
+
+// TestDownWhileMapping takes a node down while its router is being asked for a
+// port, at one moment after another: nothing stays mapped.
+func TestDownWhileMapping(t *testing.T) {
+	needLab(t)
+	for _, kind := range []PortMapping{MapPCP, MapNATPMP, MapUPnP2} {
+		t.Run(string(kind), func(t *testing.T) {
+			m := newMesh(t)
+			a := m.join(t, mustLaptop(t, mustHardHome(t, m.Lab, "home-a", kind, nil), "a"))
+			for i := range runs(4, 40) {
+				if err := a.down(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				wantMapped(t, a.home, 0)
+				if err := a.up(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Duration(i%20) * 5 * time.Millisecond)
+			}
+		})
 	}
 }

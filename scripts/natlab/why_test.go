@@ -181,3 +181,71 @@ func TestNetcheckLifetime(t *testing.T) {
 		t.Errorf("lifetime %+v of %s", c.Lifetime, out)
 	}
 }
+
+// TestWhyTellsOfRounds has `overlay why` tell what is planned where ports have to be
+// guessed, what that took and what comes next, and that nothing is where it cannot.
+func TestWhyTellsOfRounds(t *testing.T) {
+	needLab(t)
+	const step = "hard rounds"
+	t.Run("block", func(t *testing.T) {
+		_, a, b := pair(t, Block, Block)
+		for _, x := range [][2]*member{{a, b}, {b, a}} {
+			w, text := x[0].whyUntil(t, x[1], func(w overlay.Why) bool { return w.Rounds.Ended != "" })
+			r := w.Rounds
+			if r.Kind != "birthday" || r.Sockets == 0 || r.Targets == 0 || r.Low < blockStart-roundsMargin || r.High >= blockStart+1024+roundsMargin || r.Packets == 0 || r.Spent < r.Packets || r.Packets > 1200 {
+				t.Errorf("%+v", r)
+			}
+			if !strings.Contains(text, step) || !strings.Contains(text, "ports tried at random") {
+				t.Errorf("not in the text:\n%s", text)
+			}
+			if r.Ended == "in-vain" && (r.State != "paused" && r.State != "back-off" || r.Next == nil) {
+				t.Errorf("after a round in vain: %+v", r)
+			}
+		}
+	})
+	t.Run("sequential", func(t *testing.T) {
+		_, a, b := pair(t, Sequential, Masquerade)
+		mustDirect(t, a, b)
+		w, text := a.whyUntil(t, b, func(w overlay.Why) bool { return w.Rounds.Ended == "found" })
+		if r := w.Rounds; r.Kind != "predicted" || r.Ended != "found" || !strings.Contains(text, "ports predicted") {
+			t.Errorf("%+v\n%s", r, text)
+		}
+	})
+	t.Run("random", func(t *testing.T) {
+		_, a, b := pair(t, Random, Random)
+		w, text := a.whyUntil(t, b, func(w overlay.Why) bool { return w.Rounds.State == "useless" })
+		if r := w.Rounds; r.State != "useless" || r.Spent != 0 || !strings.Contains(text, "none: a side's ports are random") {
+			t.Errorf("%+v\n%s", r, text)
+		}
+	})
+}
+
+// whyUntil has a node send to another, and asks why until that says enough.
+func (n *member) whyUntil(t *testing.T, peer *member, enough func(overlay.Why) bool) (w overlay.Why, text string) {
+	t.Helper()
+	ping := startPing(t, n.Host, peer.addr, whyPoll)
+	defer ping.stop(t)
+	for end := time.Now().Add(roundsWait); time.Now().Before(end); time.Sleep(whyPoll) {
+		var err error
+		if w, err = n.client.Why(t.Context(), peer.nodeName); err != nil {
+			t.Fatal(err)
+		}
+		if enough(w) {
+			break
+		}
+	}
+	text, err := n.run(t.Context(), "why", peer.nodeName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if testing.Verbose() {
+		fmt.Printf("--- overlay why %s, on %s\n%s\n", peer.nodeName, n.nodeName, text)
+	}
+	return w, text
+}
+
+// roundsWait is how long the first round may take to be over.
+const roundsWait = 20 * time.Second
+
+// roundsMargin is how far beyond a block the estimate of it may reach.
+const roundsMargin = 256

@@ -1,0 +1,93 @@
+package overlay
+
+import (
+	"context"
+	"fmt"
+	"net"
+
+	"golang.org/x/sys/unix"
+
+	"overlay/punch"
+	"overlay/tun"
+)
+
+// packetSizes are the IP packets of which one may be the largest on a path, in
+// bytes: those of old and new lines, of tunnels and carriers, and the least of
+// IPv6.
+func packetSizes() []int {
+	return []int{668, 1040, 1240, 1280, 1300, 1340, 1360, 1380, 1400, 1420, 1440, 1460, 1480, 1492, 1500}
+}
+
+// Bytes that IP and UDP add to a datagram.
+const (
+	overhead4 = 20 + 8
+	overhead6 = 40 + 8
+)
+
+// pathMTU finds the largest packet that arrives at a server uncut; 0: none of them
+// does. What comes back is small, so this is the way there.
+func pathMTU(ctx context.Context, network string, server punch.Server) (int, error) {
+	s, err := openSpare(network)
+	if err != nil {
+		return 0, err
+	}
+	defer closeAll([]*spare{s})
+	if err := s.dontFragment(network); err != nil {
+		return 0, fmt.Errorf("forbid fragments: %w", err)
+	}
+	overhead := overhead4
+	if network == "udp6" {
+		overhead = overhead6
+	}
+	var list []*pending
+	for _, size := range packetSizes() {
+		q, err := punch.NewQuestion(server, punch.Ask{Size: size - overhead})
+		if err != nil {
+			return 0, err
+		}
+		list = append(list, &pending{Question: q, to: server.Addr})
+	}
+	if _, err := s.askAll(ctx, list); err != nil {
+		return 0, err
+	}
+	largest := 0
+	for i, p := range list {
+		if p.got {
+			largest = packetSizes()[i]
+		}
+	}
+	return largest, nil
+}
+
+// dontFragment has packets of any size leave in one piece, whatever the system
+// believes of the path, or not at all.
+func (s *spare) dontFragment(network string) error {
+	level, option, probe := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE
+	if network == "udp6" {
+		level, option, probe = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
+	}
+	raw, err := s.conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var set error
+	err = raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), level, option, probe) })
+	if err != nil {
+		return err
+	}
+	return set
+}
+
+// linkMTU is that of the interface which the default route takes; nil: there is
+// none.
+func linkMTU() *int {
+	list, err := tun.Gateways()
+	if err != nil || len(list) == 0 {
+		return nil
+	}
+	link, err := net.InterfaceByIndex(list[0].Link)
+	if err != nil {
+		return nil // it has just gone
+	}
+	return &link.MTU
+}

@@ -56,9 +56,3 @@ func (t *Table) Each(f func(inside, outside, remote netip.AddrPort)) {
 		}
 	}
 }
-
-// Flows is how many flows live.
-func (t *Table) Flows() (count int) {
-	t.Each(func(_, _, _ netip.AddrPort) { count++ })
-	return count
-}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -76,13 +77,11 @@ func TestChoosePeerRelays(t *testing.T) {
 		},
 		"one for two peers": {[]farPeer{alone, far(2, 100*ms, nil)}, []peerOffer{offer(5, 10*ms)}, "1 by 5, 2 by 5"},
 	} {
-		got := ""
-		for i, c := range choosePeerRelays(x.peers, x.offers) {
-			if i > 0 {
-				got += ", "
-			}
-			got += fmt.Sprintf("%d by %d", c.peer[0], c.relay[0])
+		var list []string
+		for _, c := range choosePeerRelays(x.peers, x.offers) {
+			list = append(list, fmt.Sprintf("%d by %d", c.peer[0], c.relay[0]))
 		}
+		got := strings.Join(list, ", ")
 		if got != x.want {
 			t.Errorf("%s: %q, want %q", name, got, x.want)
 		}

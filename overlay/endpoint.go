@@ -316,7 +316,8 @@ func moveReason(old, now punch.Path) string {
 	return "the other path is nearer, or the only one that answers"
 }
 
-// A handshake is asked for again after a wait, and again: StartHandshake does
+// A handshake is asked for again after a wait, and again after half as much more,
+// because asking makes an answer void that is still under way: StartHandshake does
 // nothing once there is a session, and wireguard-go alone would wait 5 s when a
 // message of it was lost or came before the other side had its path.
 const (
@@ -357,6 +358,7 @@ func (s *starter) tick(now time.Time) {
 			}
 			a.left--
 			a.next = now.Add(a.wait)
+			a.wait += a.wait / 2
 			s.dev.StartHandshake(tun.Key(k))
 		}
 		soonest = min(soonest, a.next.Sub(now))

@@ -93,6 +93,36 @@ func startEndpoints(t *testing.T, f *fakeEndpoints, log *slog.Logger) (e *endpoi
 	return e, func() { cancel(); <-done }
 }
 
+// A handshake that is not completed is repeated, each time later: an answer that
+// takes longer than a wait is void.
+func TestHandshakeRepeats(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var f fakeEndpoints
+		e, end := startEndpoints(t, &f, slog.New(slog.DiscardHandler))
+		defer end()
+		e.set(punch.Path{Addr: netip.MustParseAddrPort("192.0.2.9:5"), Type: punch.Host})
+		synctest.Wait()
+		f.take()
+		for i, wait := range []time.Duration{99, 149, 224, 337, 505, 759, 1138} {
+			time.Sleep(wait * time.Millisecond)
+			synctest.Wait()
+			if n := len(f.take()); n != 0 {
+				t.Errorf("%d: repeated %d times too early", i, n)
+			}
+			time.Sleep(time.Millisecond)
+			synctest.Wait()
+			if n := len(f.take()); n != 1 {
+				t.Errorf("%d: repeated %d times in time", i, n)
+			}
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if n := len(f.take()); n != 0 {
+			t.Errorf("repeated %d times more", n)
+		}
+	})
+}
+
 func TestMovesBetweenRelayAndDirect(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var f fakeEndpoints

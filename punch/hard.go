@@ -43,6 +43,7 @@ type hard struct {
 	fresh fresh
 	round *round
 	began time.Time // last round; zero: none
+	ran   time.Time // its first packet; zero: none
 }
 
 // meeting is how the rounds with one peer stand.

@@ -172,9 +172,12 @@ func (a *Agent) prepared(r *round, now time.Time) {
 	r.stage, r.began, r.next = waiting, now, now.Add(hardAnswer)
 }
 
-// run begins to send.
+// run begins to send. A round that took less time to prepare than the one before
+// waits, so that a minute lies between their packets, too.
 func (a *Agent) run(r *round, now time.Time) {
-	r.stage, r.began, r.next = running, now, now
+	start := later(now, a.hard.ran.Add(hardPause))
+	a.hard.ran = start
+	r.stage, r.began, r.next = running, start, start
 	if r.sockets == 0 && len(r.targets) == walkLength {
 		r.p.meeting.walked += walkLength
 	}

@@ -79,7 +79,7 @@ func at(host string, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr(host), port)
 }
 
-// Both sides get a path and start at the same instant: crossed initiations would
+// Both sides have a path and start at the same instant: crossed initiations would
 // cost 5 s.
 func TestBothStartAtOnce(t *testing.T) {
 	for range 3 { // whose key is lower is a matter of luck
@@ -88,44 +88,92 @@ func TestBothStartAtOnce(t *testing.T) {
 }
 
 func bothStartAtOnce(t *testing.T) {
-	sa, sb := newSpace(t), newSpace(t)
-	joinSpaces(t, sa, sb)
-	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
-	pairUp(t, a, b)
-	echo(t, sb, "100.99.0.2:7000")
-	client := listenIn(t, sa, "100.99.0.1:0")
-	// Traffic before the path: wireguard-go begins a handshake that is lost.
-	_, _ = client.WriteToUDPAddrPort([]byte("early"), at("100.99.0.2", 7000))
-
-	var wg sync.WaitGroup
-	for _, side := range []struct {
-		from, to *node
-		addr     string
-	}{{a, b, "10.9.0.2"}, {b, a, "10.9.0.1"}} {
-		wg.Go(func() {
-			if err := side.from.SetEndpoint(side.to.self.Key, at(side.addr, side.to.Port()), netip.AddrPort{}); err != nil {
-				t.Error(err)
-			}
-			side.from.StartHandshake(side.to.self.Key)
-		})
-	}
-	wg.Wait()
+	a, b, client := strangers(t)
+	// Else the answer to an initiation that comes before the path would be lost.
+	bothAtOnce(a, b, func(from, to *node) { from.head(t, to) })
+	bothAtOnce(a, b, func(from, to *node) { from.StartHandshake(to.self.Key) })
 	t.Logf("first answer after %v", answered(t, client, "100.99.0.2:7000", beforeRetry))
 	eventually(t, time.Second, "activity is counted", func() bool {
 		sent, received := a.Activity(b.self.Key)
 		return sent > 0 && received > 0
 	})
 
-	// A session in use is not touched.
-	before, err := a.Stats()
-	check(t, err)
-	a.StartHandshake(b.self.Key)
-	answered(t, client, "100.99.0.2:7000", beforeRetry)
-	after, err := a.Stats()
-	check(t, err)
-	if h1, h2 := before[b.self.Key].LastHandshake, after[b.self.Key].LastHandshake; !h1.Equal(h2) || h1.IsZero() {
-		t.Errorf("handshake of %v, then of %v: want the same", h1, h2)
+	// A session in use is not touched. On a busy machine a handshake that the other
+	// side began before may still come to its end, once.
+	eventually(t, beforeRetry, "the session stays", func() bool {
+		last := func() time.Time {
+			stats, err := a.Stats()
+			check(t, err)
+			return stats[b.self.Key].LastHandshake
+		}
+		before := last()
+		a.StartHandshake(b.self.Key)
+		answered(t, client, "100.99.0.2:7000", beforeRetry)
+		return last().Equal(before) && !before.IsZero()
+	})
+}
+
+// Each side gets its path whenever it does, and starts: the first answer may come
+// before the path, and is lost. Asking again, as the node does, mends that.
+func TestBothGetPathsAtOnce(t *testing.T) {
+	for range 3 {
+		t.Run("", func(t *testing.T) {
+			a, b, client := strangers(t)
+			bothAtOnce(a, b, func(from, to *node) {
+				from.head(t, to)
+				for range 8 {
+					from.StartHandshake(to.self.Key)
+					time.Sleep(100 * time.Millisecond)
+				}
+			})
+			t.Logf("first answer after %v", answered(t, client, "100.99.0.2:7000", beforeRetry-time.Second))
+		})
 	}
+}
+
+// strangers are two nodes without paths, of which one has a packet for the other:
+// wireguard-go began a handshake that was lost.
+func strangers(t *testing.T) (a, b *node, client *net.UDPConn) {
+	sa, sb := newSpace(t), newSpace(t)
+	joinSpaces(t, sa, sb)
+	waits := make(chan Key, 8)
+	a, b = newNode(t, sa, 1, func(c *Config) {
+		c.Demand = func(k Key) {
+			select {
+			case waits <- k:
+			default:
+			}
+		}
+	}), newNode(t, sb, 2)
+	pairUp(t, a, b)
+	echo(t, sb, "100.99.0.2:7000")
+	client = listenIn(t, sa, "100.99.0.1:0")
+	_, _ = client.WriteToUDPAddrPort([]byte("early"), at("100.99.0.2", 7000))
+	select {
+	case <-waits:
+	case <-time.After(beforeRetry):
+		t.Fatal("the packet does not wait")
+	}
+	return a, b, client
+}
+
+// head gives a node its path to the other one.
+func (n *node) head(t *testing.T, to *node) {
+	addr := "10.9.0.1"
+	if to.self.Handle.As16()[15] == 2 {
+		addr = "10.9.0.2"
+	}
+	if err := n.SetEndpoint(to.self.Key, at(addr, to.Port()), netip.AddrPort{}); err != nil {
+		t.Error(err)
+	}
+}
+
+// bothAtOnce runs the same on two nodes at the same time.
+func bothAtOnce(a, b *node, f func(from, to *node)) {
+	var wg sync.WaitGroup
+	wg.Go(func() { f(a, b) })
+	wg.Go(func() { f(b, a) })
+	wg.Wait()
 }
 
 // A node that was killed comes back. The other one still has a session, so it

@@ -1,6 +1,7 @@
 package nattest_test
 
 import (
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -11,6 +12,8 @@ import (
 
 	"overlay/punch/nattest"
 )
+
+var drawnWorlds = flag.Int("drawn", 100, "how many seeded worlds with hard NATs to run")
 
 // drawnCell sorts drawn worlds for the report.
 type drawnCell struct {
@@ -72,9 +75,9 @@ func (d drawn) String() string {
 // a relay until a direct one is found, and every limit holds; how often one is
 // found is reported.
 //
-// go test ./punch/nattest -run TestHardWorlds -worlds 3000 -v
+// go test ./punch/nattest -run TestHardWorlds -seed 7
 func TestHardWorlds(t *testing.T) {
-	first, last := uint64(1), uint64(*worlds)
+	first, last := uint64(1), uint64(*drawnWorlds)
 	if *onlySeed != 0 {
 		first, last = *onlySeed, *onlySeed
 	}
@@ -129,8 +132,11 @@ func (d drawn) meet(t *testing.T) bool {
 	for _, stop := range stops {
 		stop()
 	}
+	// Over the relay each packet crosses four lossy links; less three deviations.
+	const sent, slack = 60, 12
+	least := sent*(1-d.spec.loss())*(1-d.spec.loss()) - slack
 	for _, pair := range bothWays(a, b) {
-		if n := len(pair[0].Arrivals(pair[1], settled)); float64(n) < 60*(1-d.spec.loss()-0.3) {
+		if n := len(pair[0].Arrivals(pair[1], settled)); float64(n) < least {
 			t.Errorf("%v: %d packets of 60 arrived", d, n)
 		}
 	}

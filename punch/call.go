@@ -151,7 +151,9 @@ func (a *Agent) unheard(p *peer, calls int) {
 	if p.calls != calls {
 		return
 	}
-	until := later(p.called.Add(shortHold), later(a.changed.Add(maxHold), a.began.Add(2*maxHold)))
+	start := a.began.Add(2 * maxHold)
+	p.holdUntil = later(p.holdUntil, start)
+	until := later(p.called.Add(shortHold), later(a.changed.Add(maxHold), start))
 	if !until.Before(p.holdUntil) {
 		return
 	}

@@ -182,6 +182,7 @@ func (a *Agent) spend(port uint16, now time.Time) {
 func (a *Agent) agreeFresh(p *peer, now time.Time) {
 	o := &p.fresh
 	if now.Sub(o.asked) >= hardAnswer || !a.steady() || !a.observed(p, o.theirs) {
+		a.log.Debug("fresh sockets do not meet", "peer", p, "steady", a.steady(), "observed", a.observed(p, o.theirs))
 		o.asked = time.Time{}
 		return
 	}
@@ -203,6 +204,7 @@ func (a *Agent) agreeFresh(p *peer, now time.Time) {
 func (a *Agent) freshSignal(p *peer, s *signal, now time.Time) {
 	o, f := &p.fresh, a.hard.fresh
 	to := s.hard.addr
+	a.log.Debug("fresh socket of the peer", "peer", p, "told", o.told == f.port, "spent", o.spent, "observed", a.observed(p, to))
 	switch {
 	case a.cfg.OpenSockets == nil:
 	case s.kind == signalFresh && !a.leads(p) && o.answers.take(now, freshRate):

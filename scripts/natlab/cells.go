@@ -231,6 +231,7 @@ func homeCells() []Cell {
 func lineCells() []Cell {
 	return []Cell{
 		{Group: "loss", One: at(Masquerade), Two: at(Masquerade), Loss: 0.2, Skew: cellSkew, Bar: within(3*time.Second, 1)},
+		{Group: "loss", One: at(Masquerade), Two: at(OpenInput), Loss: 0.2, Skew: cellSkew, Bar: within(3*time.Second, 1)},
 		{Group: "loss", One: at(OpenInput), Two: at(OpenInput), Loss: 0.2, Skew: cellSkew, Bar: within(3*time.Second, 1)},
 		{Group: "tcp", One: at(UDPBlocked), Two: at(UDPBlocked), Bar: within(5*time.Second, 0.9), Open: true},
 		{Group: "lines", One: at(SmallMTU), Two: at(Masquerade), Bar: easyBar()},

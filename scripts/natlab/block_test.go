@@ -18,7 +18,7 @@ func TestBlockRounds(t *testing.T) {
 	}
 	const (
 		labs, each  = 5, 4
-		first, four = 20 * time.Second, 215 * time.Second
+		first, four = 30 * time.Second, 215 * time.Second
 		// What three standard deviations of so few runs leave of one in five, and of
 		// three in five.
 		leastFirst, leastFour = 1, 7

@@ -107,7 +107,7 @@ func TestSignalsThroughRelays(t *testing.T) {
 		defer w.end()
 		s := &session{roster: m.roster(alice), control: newTestControl(t), links: w.links, log: slog.New(slog.DiscardHandler)}
 		s.roster.apply(&coord.Netmap{Nodes: []coord.Node{bob.node}}, true)
-		var calls [][]byte
+		calls := make(chan []byte, 1) // the first, which is said again later
 		agent := func(n testNode, signal func(punch.Key, []byte) error) *punch.Agent {
 			a := must[*punch.Agent](t)(punch.New(punch.Config{
 				PrivateKey: n.w, Mesh: m.hash, Signal: signal,
@@ -117,7 +117,13 @@ func TestSignalsThroughRelays(t *testing.T) {
 			return a
 		}
 		s.agent = agent(alice, s.sendSignal)
-		b := agent(bob, func(_ punch.Key, sealed []byte) error { calls = append(calls, sealed); return nil })
+		b := agent(bob, func(_ punch.Key, sealed []byte) error {
+			select {
+			case calls <- sealed:
+			default:
+			}
+			return nil
+		})
 		bobKey := punch.Key(bob.w.PublicKey())
 		b.SetPeer(punch.Peer{Key: punch.Key(alice.w.PublicKey()), Online: true})
 		s.agent.SetPeer(punch.Peer{Key: bobKey})
@@ -133,7 +139,7 @@ func TestSignalsThroughRelays(t *testing.T) {
 		w.up("server0", 10*ms)
 		w.links.onPeer(w.fake("server0").link, bobKey, true)
 		synctest.Wait()
-		call := append([]byte{relay.SignalByte}, calls[0]...)
+		call := append([]byte{relay.SignalByte}, <-calls...)
 		s.receive(call, netip.MustParseAddrPort("198.51.100.9:5"), netip.AddrPort{}) // not out of a flow
 		s.receive(nil, handle(bobKey, 1), netip.AddrPort{})
 		time.Sleep(time.Second)

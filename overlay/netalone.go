@@ -87,7 +87,7 @@ func askRouters(ctx context.Context) ([]portmap.Report, error) {
 type saved struct {
 	name, server string           // host:port
 	addrs        []netip.AddrPort // of the relay in the server, where STUN is, too
-	mappingOff   bool
+	mappingOff   bool             // or not known, because the settings cannot be read
 }
 
 // readSaved takes what can be read.
@@ -95,10 +95,11 @@ func readSaved(st store) saved {
 	var c settings
 	var m membership
 	var k cache
-	for name, v := range map[string]any{settingsFile: &c, meshFile: &m, netmapFile: &k} {
+	_, err := st.load(settingsFile, &c)
+	for name, v := range map[string]any{meshFile: &m, netmapFile: &k} {
 		_, _ = st.load(name, v) // none, not for us, or damaged: all the same here
 	}
-	s := saved{name: savedName(&m, c.Name), server: c.Server, mappingOff: c.PortMapping == portMappingOff}
+	s := saved{name: savedName(&m, c.Name), server: c.Server, mappingOff: err != nil || c.PortMapping == portMappingOff}
 	if s.server == "" && len(m.Servers) > 0 {
 		s.server = m.Servers[0]
 	}

@@ -104,6 +104,8 @@ func (s *session) newPeerRelay() error {
 	r.config = relay.ServerConfig{
 		PrivateKey: s.keys.WireGuard, Verify: r.verify, Log: s.log,
 		FlowRate: rate, NodeRate: rate, TotalRate: rate, MaxNodes: peerRelayNodes, MaxFlows: peerRelayFlows,
+		// From within, two relays could be made to send to each other through each other.
+		Refuse: s.inMesh,
 	}
 	if s.settings.PortMapping != portMappingOff {
 		if r.mapper, err = s.newMapperOf("overlay relay", r.port, r.setMapped); err != nil {
@@ -261,6 +263,9 @@ func (r *peerRelay) serve(ctx context.Context, port uint16) error {
 	if err != nil {
 		return fmt.Errorf("make the relay: %w", err)
 	}
+	r.mu.Lock()
+	r.server = server // before it admits: nobody is to miss a withdrawal
+	r.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, ctx := errgroup.WithContext(ctx)

@@ -277,7 +277,12 @@ func (s *session) forbidden(a netip.AddrPort) bool {
 	if s.links.isRelay(a) {
 		return true
 	}
-	return slices.ContainsFunc(s.mesh, func(p netip.Prefix) bool { return p.Contains(a.Addr()) })
+	return s.inMesh(a.Addr())
+}
+
+// inMesh reports whether an address is inside the mesh.
+func (s *session) inMesh(a netip.Addr) bool {
+	return slices.ContainsFunc(s.mesh, func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
 }
 
 // run holds the session together until ctx ends, then takes it down.

@@ -148,7 +148,7 @@ func natFacts(n overlay.Netcheck) [][2]string {
 // routerFacts are what every router says about mapping a port.
 func routerFacts(n overlay.Netcheck) [][2]string {
 	if n.MappingOff {
-		return [][2]string{{"port mapping", "switched off"}}
+		return [][2]string{{"port mapping", "not asked: switched off, or for root to know"}}
 	}
 	if len(n.Routers) == 0 {
 		return [][2]string{{"port mapping", "no router to ask"}}

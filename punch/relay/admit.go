@@ -110,16 +110,19 @@ func (s *Server) enter(e *entry, t *transport) (n *node, reply []byte, ok bool) 
 	s.verified.put(e.hash, e.who, now)
 	n = s.nodes[e.node]
 	switch {
-	case n == nil && (len(s.nodes) >= s.cfg.MaxNodes || s.sessions[e.id] != nil):
-		s.mu.Unlock()
-		return nil, (&refused{refusedFull, e.seq}).build(e.shared), true
-	case n == nil:
-		n = &node{key: e.node, session: *e.shared}
-		s.nodes[e.node], s.sessions[e.id] = n, n
-	case !e.seq.after(n.last[t.kind()]):
+	case n != nil && !e.seq.after(n.last[t.kind()]):
 		s.mu.Unlock()
 		s.count.replayed.Add(1)
 		return nil, nil, true
+	case !s.room(n, e.id):
+		s.mu.Unlock()
+		return nil, (&refused{refusedFull, e.seq}).build(e.shared), true
+	case n == nil:
+		n = &node{key: e.node, session: *e.shared, gone: true}
+		s.nodes[e.node], s.sessions[e.id] = n, n
+	}
+	if n.gone {
+		s.present++
 	}
 	n.device, n.gone = e.who.Device, false
 	old := n.settle(t, e.seq, e.trial, now)
@@ -128,6 +131,18 @@ func (s *Server) enter(e *entry, t *transport) (n *node, reply []byte, ok bool) 
 		old.close()
 	}
 	return n, (&pong{e.seq, t.observed()}).build(e.shared), true
+}
+
+// room says whether a node, nil for a new one, has a place. Those that are gone
+// need none, only memory. The caller holds s.mu.
+func (s *Server) room(n *node, id sessionID) bool {
+	switch {
+	case n != nil && !n.gone:
+		return true
+	case n == nil && (len(s.nodes) >= maxNodes || s.sessions[id] != nil):
+		return false
+	}
+	return s.present < s.cfg.MaxNodes
 }
 
 // challenge gives a cookie to an address, as often as its network may have one.

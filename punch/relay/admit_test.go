@@ -400,3 +400,89 @@ func TestCookieAges(t *testing.T) {
 		}
 	}
 }
+
+// One node cannot have what all may send together.
+func TestShareOfTotal(t *testing.T) {
+	w := newSite(t, ServerConfig{TotalRate: 1 << 20})
+	guests := []*guest{w.guest(1), w.guest(2), w.guest(3), w.guest(4)}
+	for i, g := range guests {
+		w.join(g, place(fmt.Sprintf("192.0.2.%d:1000", 1+i)))
+	}
+	w.mustOpen(guests[0], place("192.0.2.1:1000"), guests[1])
+	w.mustOpen(guests[2], place("192.0.2.3:1000"), guests[3])
+	greedy := w.s.flows[FlowOf(guests[0].key, guests[1].key).number()]
+	modest := w.s.flows[FlowOf(guests[2].key, guests[3].key).number()]
+	got, missed := [2]int{}, 0
+	for range 10_000 { // ms
+		w.pass(time.Millisecond)
+		for range 20 {
+			if w.s.pay(greedy, 0, 1000, w.s.clock()) {
+				got[0] += 1000
+			}
+		}
+		if w.s.pay(modest, 0, 200, w.s.clock()) {
+			got[1] += 200
+		} else {
+			missed++
+		}
+	}
+	if missed > 0 || got[0]+got[1] < 10<<20*9/10 {
+		t.Errorf("%d bytes beside %d, of which %d datagrams were dropped", got[0], got[1], missed)
+	}
+}
+
+// One node cannot open all flows that there may be.
+func TestFlowsOfOne(t *testing.T) {
+	w := newSite(t, ServerConfig{MaxFlows: 8})
+	var guests []*guest
+	at := func(i int) *transport { return place(fmt.Sprintf("192.0.2.%d:1000", 1+i)) }
+	for i := range 12 {
+		guests = append(guests, w.guest(1+i))
+		w.join(guests[i], at(i))
+	}
+	open := 0
+	for _, g := range guests[1:] {
+		if w.mustOpen(guests[0], at(0), g) == 1 {
+			open++
+		}
+	}
+	if open != 8/halvesPart {
+		t.Errorf("one node opened %d of 8 flows", open)
+	}
+	if w.mustOpen(guests[1], at(1), guests[0]) != 1 || w.mustOpen(guests[0], at(0), guests[5]) != 1 {
+		t.Error("what the other end asked for, too, counts against the first")
+	}
+	if w.mustOpen(guests[7], at(7), guests[8]) != 1 {
+		t.Error("others have no room")
+	}
+	w.s.mu.Lock()
+	for header, f := range w.s.flows {
+		w.s.removeFlow(header, f)
+	}
+	for _, n := range w.s.nodes {
+		if n.flows != 0 || n.halves != 0 {
+			t.Errorf("%d flows and %d halves are left", n.flows, n.halves)
+		}
+	}
+	if w.s.busy != 0 {
+		t.Errorf("%d nodes with flows", w.s.busy)
+	}
+	w.s.mu.Unlock()
+}
+
+// Nodes that are gone take no place from others.
+func TestGoneNodesTakeNoPlace(t *testing.T) {
+	w := newSite(t, ServerConfig{MaxNodes: 2})
+	a, b, late := w.guest(1), w.guest(2), w.guest(3)
+	w.join(a, place("192.0.2.1:1000"))
+	w.join(b, place("192.0.2.2:1000"))
+	w.s.mu.Lock()
+	w.s.lose(w.s.nodes[a.key])
+	w.s.mu.Unlock()
+	w.join(late, place("192.0.2.3:1000"))
+	at := place("192.0.2.1:1000")
+	a.cookie = w.s.cookies.make(at.addr, w.s.clock())
+	if r, ok := parseRefused(w.say(a.admit(), at)); !ok || r.reason != refusedFull {
+		t.Errorf("the one that returns: %+v %v", r, ok)
+	}
+}

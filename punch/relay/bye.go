@@ -51,7 +51,7 @@ func (s *Server) bye(n *node, msg []byte, e *bye, t *transport) {
 	}
 	s.mu.Lock()
 	conn := k.prune(now)
-	k.gone = true
+	s.lose(k)
 	s.sweepFlows()
 	s.mu.Unlock()
 	if conn != nil {

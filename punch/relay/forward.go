@@ -159,14 +159,27 @@ func (t *train) deliver(to *transport, run []byte, stride int) {
 
 // pay takes what an end sends from its limits.
 func (s *Server) pay(f *flow, side, size int, now int64) bool {
-	return f.sent[side].take(&s.flowRate, now, size) && f.ends[side].sent.take(&s.nodeRate, now, size) &&
-		(s.totalRate == nil || s.total.take(s.totalRate, now, size))
+	n := f.ends[side]
+	return f.sent[side].take(&s.flowRate, now, size) && n.sent.take(&s.nodeRate, now, size) &&
+		(s.totalRate == nil || s.payTotal(n, size, now))
+}
+
+// payTotal takes what a node sends from what all may send together. Half of what
+// may come at once is for those who are within their share.
+func (s *Server) payTotal(n *node, size int, now int64) bool {
+	limit := *s.totalRate
+	if share := s.fair.Load(); share == nil || !n.fair.take(share, now, size) {
+		limit.burst /= 2
+	}
+	return s.total.take(&limit, now, size)
 }
 
 // answer deals with a datagram that is not of a flow.
 func (l *loop) answer(a *arrival, b []byte) {
 	var reply []byte
 	switch {
+	case l.s.cfg.Refuse != nil && l.s.cfg.Refuse(a.name.get().Addr()):
+		l.s.count.source.Add(1)
 	case b[0] == FlowByte:
 		l.s.count.malformed.Add(1)
 	case b[0] == ControlByte && kindOf(b) == kindAdmit:

@@ -42,11 +42,15 @@ type ServerConfig struct {
 	Answer func(b []byte, from, at netip.AddrPort) []byte
 	// FlowRate and NodeRate bound what one node sends into one flow and in all,
 	// in bytes a second; 0 means 1.25e9 and 2.5e9. TotalRate bounds what all of them
-	// send together; 0 is no bound.
+	// send together, of which those have the most who send no more than their share;
+	// 0 is no bound.
 	FlowRate, NodeRate, TotalRate uint64
 	// MaxNodes and MaxFlows are how many nodes are admitted and how many flows are
 	// open at a time; 0 means 16,384 and 131,072, which is also the most.
 	MaxNodes, MaxFlows int
+	// Refuse says of an address that no node is there: nothing is answered. It is
+	// called as Answer is; nil refuses none.
+	Refuse func(netip.Addr) bool
 	// Log gets what an operator may want to know; nil is silence.
 	Log *slog.Logger
 }
@@ -64,6 +68,7 @@ type Server struct {
 	flowRate, nodeRate, controlRate, challengeRate, moveRate, refusalRate rate
 	totalRate                                                             *rate // nil: no bound
 	total                                                                 meter
+	fair                                                                  atomic.Pointer[rate] // of totalRate, for each node; nil: no bound, or no flow
 
 	cookies    cookies
 	challenges *buckets
@@ -80,6 +85,8 @@ type Server struct {
 	nodes     map[punch.Key]*node
 	flows     map[uint64]*flow
 	retention uint64 // calls of Retain
+	present   int    // nodes that are not gone
+	busy      int    // nodes with flows
 }
 
 // NewServer makes a server that serves nobody yet.

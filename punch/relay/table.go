@@ -20,6 +20,7 @@ const (
 	maxNodeFlows = 1 << 12
 	maxWays      = 4                      // UDP transports of one node: addresses and ports of ours
 	usedEvery    = int64(5 * time.Second) // how exactly a flow's last use is known
+	halvesPart   = 4                      // one node alone may open one of so many flows
 )
 
 // node is one admitted node.
@@ -31,6 +32,7 @@ type node struct {
 	ways   [maxWays]atomic.Pointer[transport] // validated addresses
 	tls    atomic.Pointer[transport]          // the connection
 	sent   meter                              // bytes, in all flows
+	fair   meter                              // of them, within its share of all
 	asked  meter                              // control messages
 	moves  meter                              // challenges of its own
 
@@ -40,6 +42,7 @@ type node struct {
 	chosen sequence                 // that made active what it is
 	heard  int64
 	flows  int
+	halves int  // of them, those that only this node asked for
 	gone   bool // forgotten but for last
 }
 
@@ -145,9 +148,10 @@ func (n *node) fallBack(lost *transport) {
 
 // flow is what two nodes send each other.
 type flow struct {
-	ends [2]*node
-	sent [2]meter     // bytes, by sender
-	used atomic.Int64 // last datagram or OPEN
+	ends  [2]*node
+	sent  [2]meter     // bytes, by sender
+	used  atomic.Int64 // last datagram or OPEN
+	asked [2]bool      // which ends sent an OPEN; guarded by Server.mu
 }
 
 // from is which end sent a datagram from a socket address, -1 for none.
@@ -202,18 +206,56 @@ func (s *Server) openFlow(n *node, peer punch.Key, header uint64, now int64) boo
 		return false
 	}
 	if f := s.flows[header]; f != nil {
-		f.used.Store(now)
-		return f.of(n) >= 0 && f.of(p) >= 0
+		return s.join(f, n, p, now)
+	}
+	// What nobody else asked for may take a part of the room only: a node could
+	// have it all otherwise.
+	if n.halves >= max(1, s.cfg.MaxFlows/halvesPart) {
+		return false
 	}
 	if len(s.flows) >= s.cfg.MaxFlows || n.flows >= maxNodeFlows || p.flows >= maxNodeFlows {
 		return false
 	}
-	f := &flow{ends: [2]*node{n, p}}
+	f := &flow{ends: [2]*node{n, p}, asked: [2]bool{true, false}}
 	f.used.Store(now)
 	s.flows[header] = f
-	n.flows++
-	p.flows++
+	n.halves++
+	s.addFlows(n, 1)
+	s.addFlows(p, 1)
 	return true
+}
+
+// join notes that an end asks for a flow that is there.
+func (s *Server) join(f *flow, n, p *node, now int64) bool {
+	side := f.of(n)
+	if side < 0 || f.of(p) < 0 {
+		return false
+	}
+	f.used.Store(now)
+	if !f.asked[side] {
+		f.asked[side] = true
+		p.halves--
+	}
+	return true
+}
+
+// addFlows changes the number of a node's flows, and with it the share of each node
+// that has any. The caller holds s.mu.
+func (s *Server) addFlows(n *node, by int) {
+	before := n.flows
+	n.flows += by
+	switch {
+	case before == 0:
+		s.busy++
+	case n.flows == 0:
+		s.busy--
+	default:
+		return
+	}
+	if s.totalRate != nil {
+		r := newRate(max(1, s.totalRate.per/uint64(max(2, s.busy))))
+		s.fair.Store(&r)
+	}
 }
 
 // expire forgets what was not used for long enough. What there is to forget is
@@ -267,7 +309,7 @@ func (s *Server) forget(flows []uint64, nodes []*node, now int64) {
 		}
 		silent := now - n.heard
 		if silent > int64(nodeLife) && !n.gone {
-			n.gone = true
+			s.lose(n)
 			gone++
 		}
 		if silent > int64(nodeLife+memoryLife) {
@@ -283,6 +325,14 @@ func (s *Server) forget(flows []uint64, nodes []*node, now int64) {
 	}
 	for _, c := range closing {
 		c.close()
+	}
+}
+
+// lose makes a node one that is gone. The caller holds s.mu.
+func (s *Server) lose(n *node) {
+	if !n.gone {
+		n.gone = true
+		s.present--
 	}
 }
 
@@ -303,8 +353,12 @@ func (s *Server) sweepFlows() {
 
 func (s *Server) removeFlow(header uint64, f *flow) {
 	delete(s.flows, header)
-	f.ends[0].flows--
-	f.ends[1].flows--
+	for side, n := range f.ends {
+		s.addFlows(n, -1)
+		if f.asked[side] && !f.asked[1-side] {
+			n.halves--
+		}
+	}
 }
 
 // leave says that a connection ended. Its node stays known: it may come back or
@@ -342,7 +396,7 @@ func (s *Server) Retain(keep func(device [32]byte) bool) {
 			if c := n.prune(s.clock()); c != nil {
 				closing = append(closing, c)
 			}
-			n.gone = true
+			s.lose(n)
 			s.removeNode(n)
 			removed++
 		}

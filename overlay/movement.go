@@ -146,7 +146,7 @@ func (w sleepWatch) run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		now := w.now()
+		now, began := w.now(), time.Now()
 		slept := now - last
 		last = now
 		var err error
@@ -158,6 +158,7 @@ func (w sleepWatch) run(ctx context.Context) error {
 		default:
 			err = w.again()
 		}
+		last += time.Since(began) // mending takes time, which is not sleep
 		if err == nil {
 			wait = 0
 			continue

@@ -340,7 +340,7 @@ func (a *Agent) networkChanged(now time.Time, lost [2]bool) {
 		for _, q := range p.pairs {
 			a.forget(q)
 			q.suspect = true
-			q.sent, q.tally = time.Time{}, tally{}
+			q.sent, q.clear, q.tally = time.Time{}, time.Time{}, tally{}
 			q.local = socket(q.local.Port())
 			q.quality, q.reach = quality{}, reach{}
 		}

@@ -294,7 +294,7 @@ func (a *Agent) sendCheck(p *peer, q *pair, how outgoing) {
 func (a *Agent) post(p *peer, q *pair, d datagram, now time.Time) {
 	d.pair = q
 	a.sends = append(a.sends, d)
-	q.sent = now
+	q.sent, q.opened = now, now
 	if q == p.selected && d.ttl == 0 {
 		p.sentAt = now
 	}

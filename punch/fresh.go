@@ -40,6 +40,7 @@ type fresh struct {
 	mapped netip.AddrPort // zero: not known
 	at     time.Time      // when a server said so
 	again  time.Time      // no other one before
+	misses int            // of its predecessors that no server answered
 }
 
 // outing is how the meeting of fresh sockets with one peer stands.
@@ -73,6 +74,9 @@ func (a *Agent) proposeFresh(p *peer, now time.Time) {
 	if start.IsZero() || !a.steady() || a.samePublic(p, false) || now.Before(later(start, o.next).Add(-freshAhead)) {
 		return
 	}
+	if !a.leads(p) && now.Sub(start) > freshFor {
+		return // who does not propose by then never does, or is waited for in agreeFresh
+	}
 	if o.spent {
 		a.spend(o.told, now)
 		o.spent = false
@@ -104,7 +108,10 @@ func (a *Agent) freshNext(p *peer, now time.Time) time.Time {
 		return time.Time{}
 	}
 	if !p.fresh.asked.IsZero() {
-		return later(p.fresh.asked.Add(hardAnswer), a.hard.fresh.again)
+		if again := a.hard.fresh.again; again.After(now) {
+			return again
+		}
+		return p.fresh.asked.Add(hardAnswer)
 	}
 	start := p.freshStart(now)
 	if p.direct() != nil || start.IsZero() {
@@ -142,7 +149,7 @@ func (a *Agent) prepareFresh(now time.Time) bool {
 	if !ok || len(ports) == 0 {
 		return false
 	}
-	*f = fresh{port: ports[0], since: now, again: now.Add(freshAgain)}
+	*f = fresh{port: ports[0], since: now, again: now.Add(freshAgain), misses: f.misses}
 	h.job = job{fresh: true, began: now, next: now}
 	for _, s := range a.sampleServers() {
 		h.job.add(f.port, s, now)
@@ -155,8 +162,12 @@ func (a *Agent) prepareFresh(now time.Time) bool {
 func (a *Agent) freshSampled(samples []Sample, now time.Time) {
 	f := &a.hard.fresh
 	if len(samples) > 0 && samples[0].Local == f.port {
-		f.mapped, f.at = samples[0].Mapped, now
+		f.mapped, f.at, f.misses = samples[0].Mapped, now, 0
 		a.log.Debug("fresh socket", "port", f.port, "mapped", f.mapped)
+	} else {
+		f.misses = min(f.misses+1, 8)
+		f.again = now.Add(freshAgain << f.misses)
+		a.spend(f.port, now)
 	}
 	a.wakeHard(now)
 }
@@ -167,7 +178,7 @@ func (a *Agent) spend(port uint16, now time.Time) {
 	if port == 0 || port != h.fresh.port {
 		return
 	}
-	h.fresh = fresh{again: h.fresh.again}
+	h.fresh = fresh{again: h.fresh.again, misses: h.fresh.misses}
 	if a.socketsInUse(now)[port] || !slices.Contains(h.open, port) {
 		return
 	}
@@ -196,7 +207,9 @@ func (a *Agent) agreeFresh(p *peer, now time.Time) {
 	}
 	if q := a.learn(p, o.theirs, f.port); q != nil {
 		a.sendCheck(p, q, outgoing{now: now, from: q.from(), ttl: openerTTL})
-		a.signal(p, signalMeet, now)
+		if q.sent.Equal(now) { // or the limits held it back, and nothing is open
+			a.signal(p, signalMeet, now)
+		}
 	}
 }
 

@@ -121,7 +121,7 @@ func (a *Agent) hardNext(p *peer, now time.Time) time.Time {
 		return time.Time{}
 	}
 	var next time.Time
-	for _, at := range []time.Time{start.Add(-hardSample), start, p.meeting.next, a.hard.again, a.hard.began.Add(hardPause), p.meeting.again(), a.othersFirst(p, now)} {
+	for _, at := range []time.Time{start.Add(-hardSample), start, p.meeting.next, a.hard.again, a.hard.freeAt(), p.meeting.again(), a.othersFirst(p, now)} {
 		if at.After(now) {
 			next = earliest(next, at)
 		}

@@ -156,7 +156,7 @@ func (a *Agent) nextRound(p *peer, now time.Time) (state RoundState, at time.Tim
 	next, at = plan.sketch(), m.waitsFor(a, p, now)
 	pause := time.Time{}
 	if !a.hard.began.IsZero() {
-		pause = a.hard.began.Add(hardPause)
+		pause = a.hard.freeAt()
 	}
 	switch {
 	case at.IsZero():
@@ -174,7 +174,7 @@ func (m *meeting) waitsFor(a *Agent, p *peer, now time.Time) time.Time {
 		list = append(list, m.next)
 	}
 	if !a.hard.began.IsZero() {
-		list = append(list, a.hard.began.Add(hardPause))
+		list = append(list, a.hard.freeAt())
 	}
 	last := slices.MaxFunc(list, time.Time.Compare)
 	if !last.After(now) {

@@ -189,6 +189,7 @@ func (a *Agent) endJob(now time.Time) {
 	}
 	if done.base {
 		a.based(samples, now)
+		a.wakeHard(now)
 		return
 	}
 	if done.fresh {
@@ -199,6 +200,7 @@ func (a *Agent) endJob(now time.Time) {
 	a.log.Debug("nat sampled", "samples", len(samples), "mapping", n.Mapping, "allocation", n.Allocation, "step", n.Step, "low", n.Low, "high", n.High)
 	if len(samples) < leastBlock {
 		h.sweepAt = now // their mappings are not new any more
+		a.wakeHard(now)
 		return
 	}
 	h.nat, h.churn = n, churn(samples, n)
@@ -256,7 +258,7 @@ func (a *Agent) socketsInUse(now time.Time) map[uint16]bool {
 	}
 	for _, p := range a.peers {
 		for _, q := range p.pairs {
-			alive := q.valid || q == p.selected || q == p.copying.to || now.Sub(q.heard) < remember
+			alive := q.valid || q == p.selected || q == p.copying.to || now.Sub(q.heard) < remember || now.Before(q.clear)
 			if port := q.local.Port(); port != 0 && alive {
 				used[port] = true
 			}

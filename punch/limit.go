@@ -87,5 +87,5 @@ func (a *Agent) mayProbe(p *peer, q *pair, now time.Time) bool {
 	}
 	return p.limits.take(q.addr, now, quota{pairRate, maxPairLimits}) &&
 		a.limits.take(q.addr.Addr(), now, quota{addressRate, maxAddresses}) &&
-		p.mayOpen(q, now)
+		p.mayOpen(q, now) && (!a.scarce(p, q) || p.strangers.take(now))
 }

@@ -31,6 +31,6 @@ func (n *newcomers) take(now time.Time) bool {
 
 // mayOpen charges a packet that makes the routers on the way remember an address.
 func (p *peer) mayOpen(q *pair, now time.Time) bool {
-	known := !q.sent.IsZero() && now.Sub(q.sent) < routerMemory
+	known := now.Sub(q.opened) < routerMemory || now.Sub(q.heard) < routerMemory
 	return known || q.relayed() || p.newcomers.take(now)
 }

@@ -35,6 +35,7 @@ type pair struct {
 	clear   time.Time // until then the peer's NAT is open for it, as it said itself
 	asked   bool      // the peer called: all checks of the round are wanted
 	sent    time.Time // last packet since the network changed
+	opened  time.Time // last packet
 	waiting []transactionID
 
 	local    netip.AddrPort // ours: the socket, and where the answer arrived; zero: any
@@ -72,6 +73,7 @@ type peer struct {
 	pairs     []*pair // at most MaxCandidates, and MaxRelays relayed ones
 	limits    buckets[netip.AddrPort]
 	newcomers newcomers
+	strangers newcomers // packets to addresses that are scarce
 	checks    replay
 	signals   replay
 	counter   uint64 // of our checks and signals to it

@@ -232,7 +232,7 @@ func TestPeerRelayIsLeftAlone(t *testing.T) {
 			if relays == nil || relays.Nodes != 0 || relays.Bytes != 0 {
 				t.Errorf("the third says of what it relays: %+v", relays)
 			}
-			if p := pathTo(a.status(t), b.nodeName); p.Peer || (p.Kind == "direct") != (nat == Masquerade) {
+			if p := pathTo(a.status(t), b.nodeName); p.Via == "peer-relay" || (p.Kind == "direct") != (nat == Masquerade) {
 				t.Errorf("the path is %+v", p)
 			}
 		})

@@ -192,15 +192,14 @@ type PeerStatus struct {
 }
 
 // PathStatus is how packets reach a peer: direct, relay or none. Via is how the
-// endpoint was found, or tcp, relay-udp or relay-tls. Relay is named as in RelayStatus.
+// endpoint was found, or tcp, relay-udp, relay-tls, or peer-relay: over a node of the
+// mesh, which relays over UDP. Relay is named as in RelayStatus.
 type PathStatus struct {
 	Kind     string `json:"kind"`
 	Endpoint string `json:"endpoint,omitempty"`
 	Via      string `json:"via,omitempty"`
 	Relay    string `json:"relay,omitempty"`  // its name
 	Reason   string `json:"reason,omitempty"` // why it is not direct, for people
-	// Peer says that Relay is a node of the mesh.
-	Peer bool `json:"peer,omitempty"`
 	// MTU is the largest IP packet of a direct path, in bytes, as checks found it
 	// under traffic; 0: not known.
 	MTU int `json:"mtu,omitempty"`

@@ -24,9 +24,11 @@ const (
 	peerIdle   = time.Minute
 	peerLinger = 30 * time.Second
 	// peerTrial is how long a peer may take to come to a peer relay, and peerRest how
-	// long one that was tried in vain is left alone.
-	peerTrial = 20 * time.Second
-	peerRest  = 2 * time.Minute
+	// long one that was tried in vain is left alone at first. That doubles each time,
+	// and is forgotten when it is not for maxPeerRest.
+	peerTrial   = 20 * time.Second
+	peerRest    = 2 * time.Minute
+	maxPeerRest = time.Hour
 )
 
 // farPeer is a peer in use that is reached over a relay.

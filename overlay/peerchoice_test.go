@@ -94,7 +94,9 @@ type peerWorld struct {
 	*linksWorld
 	bob     linkPeer
 	carrier relayInfo
-	packets uint64
+	packets punch.Activity
+	mute    bool                // nothing comes from bob
+	link    uint16              // of the path to bob
 	typ     punch.CandidateType // of the path to bob
 	offered bool
 	asked   int
@@ -103,7 +105,7 @@ type peerWorld struct {
 const carrierName = "carol7"
 
 func newPeerWorld(t *testing.T) *peerWorld {
-	w := &peerWorld{typ: punch.Relayed, offered: true}
+	w := &peerWorld{typ: punch.Relayed, link: 1, offered: true}
 	w.linksWorld = newLinksWorldWith(t, func(c *linksConfig) { c.offers, c.path = w.offers, w.path })
 	w.bob = linkPeer{key: punch.Key{1}, online: true, relays: tripsAt(map[byte]uint16{'0': 100})}
 	w.carrier = standalone(carrierName)[0]
@@ -125,9 +127,9 @@ func (w *peerWorld) offers() (list []peerOffer) {
 	return list
 }
 
-func (w *peerWorld) path(k punch.Key) (p punch.Path, packets uint64) {
+func (w *peerWorld) path(k punch.Key) (p punch.Path, packets punch.Activity) {
 	w.note(func() {
-		p, packets = punch.Path{Addr: handle(w.bob.key, 1), Type: w.typ}, w.packets
+		p, packets = punch.Path{Addr: handle(w.bob.key, w.link), Type: w.typ}, w.packets
 		if k == w.carrier.key {
 			p = punch.Path{Addr: relayAddr("direct9"), Type: punch.Host, RTT: 10 * ms}
 		}
@@ -139,7 +141,12 @@ func (w *peerWorld) path(k punch.Key) (p punch.Path, packets uint64) {
 func (w *peerWorld) talk(d time.Duration) {
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		time.Sleep(time.Second)
-		w.note(func() { w.packets++ })
+		w.note(func() {
+			w.packets.Sent++
+			if !w.mute {
+				w.packets.Received++
+			}
+		})
 	}
 	synctest.Wait()
 }

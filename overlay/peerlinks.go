@@ -16,17 +16,31 @@ const (
 	surveyGap = time.Second
 	// maxPeerAddrs is how many addresses of a peer relay are tried.
 	maxPeerAddrs = 4
+	// peerHellos is how often one is asked at an address without an answer: a member may
+	// name those of others.
+	peerHellos = 5
+	// muteFor is how long packets may go to a peer over a peer relay while none comes:
+	// checks and signals may pass where nothing else does.
+	muteFor = 5 * time.Second
 )
 
 // usage is what was seen of a peer that is reached over a relay.
 type usage struct {
-	packets uint64
+	packets punch.Activity
 	since   time.Time // reached over a relay
 	used    time.Time // zero: not while it was looked at
+	relay   punch.Key // the peer relay in use; zero: none
+	mute    time.Time // since then packets went over that one, and none came; zero: one did
 }
 
 // trial is a peer relay and the peer it was tried for; the zero peer is anybody.
 type trial struct{ relay, peer punch.Key }
+
+// rest is how long a peer relay is left alone.
+type rest struct {
+	until time.Time
+	pause time.Duration
+}
 
 // peerRelays is what the links know of peer relays. All is guarded by the mutex of
 // links.
@@ -35,15 +49,15 @@ type peerRelays struct {
 	wanted map[punch.Key]bool      // of them
 	left   map[punch.Key]time.Time // of the others, since when they are not
 	tries  map[trial]time.Time     // since when, of those that are wanted
-	rests  map[trial]time.Time     // until then
-	usage  map[punch.Key]usage     // of peers over relays
-	next   time.Time               // not looked before
+	rests  map[trial]rest
+	usage  map[punch.Key]usage // of peers over relays
+	next   time.Time           // not looked before
 }
 
 func newPeerRelays() peerRelays {
 	return peerRelays{
 		infos: map[punch.Key]relayInfo{}, wanted: map[punch.Key]bool{}, left: map[punch.Key]time.Time{},
-		tries: map[trial]time.Time{}, rests: map[trial]time.Time{}, usage: map[punch.Key]usage{},
+		tries: map[trial]time.Time{}, rests: map[trial]rest{}, usage: map[punch.Key]usage{},
 	}
 }
 
@@ -101,7 +115,11 @@ func (l *links) farPeers(now time.Time) []farPeer {
 			continue
 		}
 		l.mu.Lock()
-		u := l.via.usage[p.key].after(packets, now)
+		u := l.via.usage[p.key].after(packets, l.peerRelayOf(path.Addr), now)
+		if !u.mute.IsZero() && now.Sub(u.mute) >= muteFor {
+			l.via.rest(trial{u.relay, p.key}, now)
+			u.mute = time.Time{}
+		}
 		f := farPeer{key: p.key, trips: p.relays, base: l.base(p)}
 		l.mu.Unlock()
 		seen[p.key] = u
@@ -115,16 +133,45 @@ func (l *links) farPeers(now time.Time) []farPeer {
 	return far
 }
 
-// after takes a new count of packets into account.
-func (u usage) after(packets uint64, now time.Time) usage {
+// after takes a new count of packets into account, and over which peer relay they go.
+// One way alone counts as mute, too: that costs no more than the way over the server.
+func (u usage) after(packets punch.Activity, by punch.Key, now time.Time) usage {
+	sent, received := packets.Sent != u.packets.Sent, packets.Received != u.packets.Received
 	switch {
 	case u.since.IsZero():
 		u.since = now
-	case packets != u.packets:
+	case sent || received:
 		u.used = now
 	}
-	u.packets = packets
+	switch {
+	case received, by != u.relay, by == punch.Key{}:
+		u.mute = time.Time{}
+	case sent && u.mute.IsZero():
+		u.mute = now
+	}
+	u.packets, u.relay = packets, by
 	return u
+}
+
+// peerRelayOf is the peer relay that a handle leads through; mu is held.
+func (l *links) peerRelayOf(handle netip.AddrPort) punch.Key {
+	if k := l.byID(l.ways[handle].link); k != nil && k.info.peer {
+		return k.info.key
+	}
+	return punch.Key{}
+}
+
+// better reports whether a link is a better way to a peer than another: one at which
+// the peer is, of those one that is in no node, and then the nearer one. What is in
+// nodes may be let down without that being seen.
+func (k *relayLink) better(o *relayLink, to punch.Key) bool {
+	switch {
+	case k.here[to] != o.here[to]:
+		return k.here[to]
+	case k.info.peer != o.info.peer:
+		return o.info.peer
+	}
+	return k.state.RTT < o.state.RTT
 }
 
 // base is the least round trip to a peer over relays that are no nodes; mu is held.
@@ -166,13 +213,22 @@ func (l *links) offersNow(now time.Time) []peerOffer {
 }
 
 func (v *peerRelays) resting(t trial, now time.Time) bool {
-	return now.Before(v.rests[t]) || now.Before(v.rests[trial{relay: t.relay}])
+	return now.Before(v.rests[t].until) || now.Before(v.rests[trial{relay: t.relay}].until)
+}
+
+// rest leaves a peer relay alone, each time for twice as long.
+func (v *peerRelays) rest(t trial, now time.Time) {
+	if v.resting(t, now) {
+		return
+	}
+	pause := min(max(2*v.rests[t].pause, peerRest), maxPeerRest)
+	v.rests[t] = rest{now.Add(pause), pause}
 }
 
 // settlePeers makes what was chosen the peer relays to keep a link to; mu is held.
 func (l *links) settlePeers(offers []peerOffer, chosen []peerChoice, now time.Time) {
 	v := &l.via
-	maps.DeleteFunc(v.rests, func(_ trial, until time.Time) bool { return !now.Before(until) })
+	maps.DeleteFunc(v.rests, func(_ trial, r rest) bool { return now.Sub(r.until) >= maxPeerRest })
 	known := map[punch.Key]relayInfo{}
 	for _, o := range offers {
 		known[o.info.key] = o.info
@@ -197,7 +253,7 @@ func (l *links) settlePeers(offers []peerOffer, chosen []peerChoice, now time.Ti
 		if _, noted := v.left[k]; !v.wanted[k] && !noted {
 			v.left[k] = now
 		}
-		if !offered || !v.wanted[k] && now.Sub(v.left[k]) >= peerLinger {
+		if !offered || !v.wanted[k] && (now.Sub(v.left[k]) >= peerLinger || l.open[k].silent(now)) {
 			delete(v.infos, k)
 			delete(v.left, k)
 			continue
@@ -207,17 +263,22 @@ func (l *links) settlePeers(offers []peerOffer, chosen []peerChoice, now time.Ti
 	l.collectAddrs()
 }
 
+// silent says that a link, if there is one, has long been without an answer.
+func (k *relayLink) silent(now time.Time) bool {
+	return k != nil && !k.up() && now.Sub(k.began) >= giveUpRelay
+}
+
 // inVain notes a peer relay that does not answer, or over which the peer is not
 // reached since it was first tried, and reports that; mu is held.
 func (l *links) inVain(c peerChoice, since, now time.Time) bool {
 	k := l.open[c.relay]
 	switch {
 	case k == nil:
-	case !k.up() && now.Sub(k.began) >= giveUpRelay:
-		l.via.rests[trial{relay: c.relay}] = now.Add(peerRest)
+	case k.silent(now):
+		l.via.rest(trial{relay: c.relay}, now)
 		return true
 	case k.up() && !k.here[c.peer] && now.Sub(since) >= peerTrial:
-		l.via.rests[trial{c.relay, c.peer}] = now.Add(peerRest)
+		l.via.rest(trial{c.relay, c.peer}, now)
 		return true
 	}
 	return false
@@ -230,14 +291,32 @@ func (s *session) offers() []peerOffer {
 	var list []peerOffer
 	for _, m := range s.roster.members {
 		if m.peer() && m.record.RelayPort != 0 {
-			list = append(list, peerOffer{info: m.peerRelayInfo(s.mesh), trips: m.record.Relays})
+			info := m.peerRelayInfo(s.mesh)
+			info.addrs = slices.DeleteFunc(info.addrs, s.atServer)
+			list = append(list, peerOffer{info: info, trips: m.record.Relays})
 		}
 	}
 	return list
 }
 
-// peerRelayInfo is a node as the relay that it says it is: on addresses of its own
-// that the server has seen.
+// atServer says whether an address is the host of the server, at any port: a node there
+// is no nearer than the server's relay.
+func (s *session) atServer(a netip.AddrPort) bool {
+	servers := s.servers.Load()
+	if servers == nil {
+		return false
+	}
+	for at := range *servers {
+		if at.Addr().Unmap() == a.Addr() {
+			return true
+		}
+	}
+	return false
+}
+
+// peerRelayInfo is a node as the relay that it says it is: on addresses that it
+// published, of which it may have made up those of IPv6. A port that a router maps is
+// tried on all of them, because the record does not tell on which one that is.
 func (m *member) peerRelayInfo(mesh []netip.Prefix) relayInfo {
 	info := relayInfo{key: punch.Key(m.cert.WireGuard), name: m.cert.Name, online: m.node.Online, peer: true}
 	for _, e := range m.record.Candidates {
@@ -249,9 +328,8 @@ func (m *member) peerRelayInfo(mesh []netip.Prefix) relayInfo {
 	return info
 }
 
-// pathTo tells the path to a peer, and how many packets went either way.
-func (s *session) pathTo(k punch.Key) (punch.Path, uint64) {
+// pathTo tells the path to a peer, and how many packets went each way.
+func (s *session) pathTo(k punch.Key) (punch.Path, punch.Activity) {
 	path, _ := s.agent.Path(k)
-	a := s.activity(k)
-	return path, a.Sent + a.Received
+	return path, s.activity(k)
 }

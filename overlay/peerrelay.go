@@ -54,7 +54,7 @@ func peerRelayRate(setting string) (uint64, error) {
 	}
 	n, err := strconv.ParseUint(setting, 10, 32)
 	if err != nil || n < 1 || n > MaxRelayRate {
-		return 0, fail(Usage, fmt.Sprintf("on, off, or the most Mbit/s from 1 to %d", MaxRelayRate), "--peer-relay %q is none of them", setting)
+		return 0, fail(Usage, "on relays for other members, off does not, a number is the most Mbit/s", "--peer-relay %q is neither on, off, nor a number from 1 to %d", setting, MaxRelayRate)
 	}
 	return n * perMegabit, nil
 }

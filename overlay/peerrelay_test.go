@@ -5,6 +5,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -29,6 +31,8 @@ func TestPeerRelayRate(t *testing.T) {
 	for _, setting := range []string{"0", "-1", "yes", "1000001", "1.5"} {
 		if got, err := peerRelayRate(setting); err == nil || KindOf(err) != Usage {
 			t.Errorf("%q: %d, %v", setting, got, err)
+		} else if text := err.Error(); !strings.Contains(text, strconv.Quote(setting)+" is neither on, off, nor a number from 1 to 1000000") {
+			t.Errorf("%q: %s", setting, text)
 		}
 	}
 }

@@ -212,14 +212,15 @@ func tripTo(list []trust.RelayTrip, k trust.Key) (ms uint16, ok bool) {
 }
 
 // worth reports whether a peer is to be looked for at a relay: where it says it
-// is, and anywhere while none of the relays it named is up; its record may be old.
+// is, unless that is a node to be left alone, and anywhere while none of the relays it named is up; its record may be old. Those in
+// nodes do not count: they are more than what a pair shares, and never all.
 // mu is held.
 func (l *links) worth(k *relayLink, p linkPeer) bool {
 	if _, listed := tripTo(p.relays, trust.Key(k.info.key)); listed || k.info.peer {
-		return listed
+		return listed && !(k.info.peer && l.via.resting(trial{k.info.key, p.key}, time.Now()))
 	}
 	return !slices.ContainsFunc(p.relays, func(r trust.RelayTrip) bool {
 		other := l.open[punch.Key(r.Relay)]
-		return other != nil && other.up()
+		return other != nil && !other.info.peer && other.up()
 	})
 }

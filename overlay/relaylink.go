@@ -47,9 +47,9 @@ func (s *session) newLinks() *links {
 
 // openLink makes the client of a link.
 func (s *session) openLink(k *relayLink, boot uint64) (relayClient, error) {
-	dial := func(ctx context.Context) (net.Conn, [16]byte, error) { return s.dialRelay(ctx, k) }
+	dial, tries := func(ctx context.Context) (net.Conn, [16]byte, error) { return s.dialRelay(ctx, k) }, 0
 	if k.info.peer {
-		dial = nil
+		dial, tries = nil, peerHellos
 	}
 	return relay.NewClient(relay.ClientConfig{
 		Relay:       k.info.key,
@@ -59,6 +59,7 @@ func (s *session) openLink(k *relayLink, boot uint64) (relayClient, error) {
 		Boot:        s.settings.Boot + boot,
 		Send:        func(b []byte, to netip.AddrPort) error { return s.sendUDP(b, to, netip.AddrPort{}, 0) },
 		Dial:        dial,
+		Tries:       tries,
 		Deliver:     func(run []byte) { s.dev.Load().Deliver(k.id, run) },
 		OnState:     func(st relay.State) { s.links.onState(k, st) },
 		OnPeer:      func(p punch.Key, here bool) { s.links.onPeer(k, p, here) },

@@ -78,9 +78,9 @@ type linksConfig struct {
 	changed func()
 	mapped  func()
 	// offers lists the nodes that relay for others, and path tells the path to a peer
-	// and how many packets went either way; nil: no peer relays are used.
+	// and how many packets went each way; nil: no peer relays are used.
 	offers func() []peerOffer
-	path   func(punch.Key) (punch.Path, uint64)
+	path   func(punch.Key) (punch.Path, punch.Activity)
 	log    *slog.Logger
 }
 
@@ -330,8 +330,7 @@ func (l *links) peerOf(handle netip.AddrPort) (punch.Key, bool) {
 	return w.peer, ok
 }
 
-// signal sends a sealed message to a peer through the nearest relay at which it
-// is. To a peer not seen at any it is sent all the same, but that is an error.
+// signal sends a sealed message to a peer through the best relay at which it is. To a peer not seen at any it is sent all the same, but that is an error.
 func (l *links) signal(to punch.Key, sealed []byte) error {
 	l.mu.Lock()
 	handle, here := l.bestHandle(to)
@@ -349,14 +348,14 @@ func (l *links) signal(to punch.Key, sealed []byte) error {
 	return nil
 }
 
-// bestHandle is the handle of a peer at the nearest relay; mu is held.
+// bestHandle is the handle of a peer at the best relay; mu is held.
 func (l *links) bestHandle(to punch.Key) (handle netip.AddrPort, here bool) {
 	var best *relayLink
 	for _, k := range l.open {
 		if !k.up() || !l.worth(k, l.peers[to]) && !k.here[to] || !l.handles[to][k.id].IsValid() {
 			continue
 		}
-		if best == nil || k.here[to] && !best.here[to] || k.here[to] == best.here[to] && k.state.RTT < best.state.RTT {
+		if best == nil || k.better(best, to) {
 			best = k
 		}
 	}
@@ -460,11 +459,11 @@ func (l *links) candidates(now time.Time) []candidate {
 }
 
 // shares reports whether a relay with a link that is up, or may come up, is one
-// of the peer's; mu is held.
+// of the peer's, not counting nodes; mu is held.
 func (l *links) shares(p linkPeer) bool {
 	return slices.ContainsFunc(p.relays, func(r trust.RelayTrip) bool {
 		k := l.open[punch.Key(r.Relay)]
-		return k != nil && (k.up() || time.Since(k.began) < giveUpRelay)
+		return k != nil && !k.info.peer && (k.up() || time.Since(k.began) < giveUpRelay)
 	})
 }
 

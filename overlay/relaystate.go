@@ -25,9 +25,9 @@ func (l *links) onState(k *relayLink, st relay.State) {
 		l.trips[k.info.key] = st.RTT
 	}
 	moved := l.judge(k, now)
-	name := k.info.name
+	name, peer := k.info.name, k.info.peer
 	l.mu.Unlock()
-	if mappedAnew(old, st) && l.cfg.mapped != nil {
+	if !peer && mappedAnew(old, st) && l.cfg.mapped != nil { // a node's word alone is not enough
 		l.cfg.mapped()
 	}
 	if st.Transport != old.Transport {

@@ -12,6 +12,9 @@ import (
 	"overlay/tun"
 )
 
+// viaPeer is the way over a relay in a node.
+const viaPeer = "peer-relay"
+
 // status is this node's view; full is for root: keys and endpoints.
 func (s *session) status(full bool) (Status, error) {
 	stats, err := s.dev.Load().Stats()
@@ -111,8 +114,12 @@ func (s *session) route(path punch.Path, full bool) PathStatus {
 		return st
 	}
 	name, over := s.links.relayed(path.Addr, full)
-	st := PathStatus{Kind: "relay", Relay: name, Peer: s.links.byPeer(path.Addr)}
-	if over != relay.None {
+	st := PathStatus{Kind: "relay", Relay: name}
+	switch {
+	case over == relay.None:
+	case s.links.byPeer(path.Addr):
+		st.Via = viaPeer
+	default:
 		st.Via = "relay-" + over.String()
 	}
 	return st

@@ -106,9 +106,10 @@ func TestDirectVerdict(t *testing.T) {
 		t.Error(got)
 	}
 	for path, want := range map[PathStatus]string{
-		{Kind: "none"}:                                  "bob is not reached",
-		{Kind: "relay", Relay: "fra"}:                   "bob is to be reached over relay fra, which is down",
-		{Kind: "relay", Relay: "fra", Via: "relay-tls"}: "bob is reached over relay fra (tls)",
+		{Kind: "none"}:                                    "bob is not reached",
+		{Kind: "relay", Relay: "fra"}:                     "bob is to be reached over relay fra, which is down",
+		{Kind: "relay", Relay: "fra", Via: "relay-tls"}:   "bob is reached over relay fra (tls)",
+		{Kind: "relay", Relay: "carl", Via: "peer-relay"}: "bob is reached over relay carl (peer, udp)",
 	} {
 		w.Path = path
 		if got := w.relayedText(path.Via != ""); got != want {

@@ -203,6 +203,9 @@ func kindText(via string) string {
 // relayedText begins the verdict on a path that is not direct.
 func (w *Why) relayedText(reached bool) string {
 	over, _ := strings.CutPrefix(w.Path.Via, "relay-")
+	if over == viaPeer {
+		over = "peer, udp"
+	}
 	switch {
 	case w.Path.Kind == "relay" && over == "":
 		return fmt.Sprintf("%s is to be reached over relay %s, which is down", w.Name, w.Path.Relay)

@@ -18,7 +18,7 @@ func TestPathText(t *testing.T) {
 		"direct (srflx)":                  {Kind: "direct", Via: "srflx"},
 		"relay vpn.example.org (udp)":     {Kind: "relay", Via: "relay-udp", Relay: "vpn.example.org", Endpoint: "[fd00::2]:32769"},
 		"relay fra (tls)":                 {Kind: "relay", Via: "relay-tls", Relay: "fra"},
-		"relay carol (peer, udp)":         {Kind: "relay", Via: "relay-udp", Relay: "carol", Peer: true},
+		"relay carol (peer, udp)":         {Kind: "relay", Via: "peer-relay", Relay: "carol"},
 		"relay (tls)":                     {Kind: "relay", Via: "relay-tls"},
 		"relay fra":                       {Kind: "relay", Relay: "fra"},
 		"none":                            {Kind: "none"},

@@ -192,11 +192,9 @@ func pathText(p overlay.PathStatus) string {
 		if p.Relay != "" {
 			text += " " + p.Relay
 		}
-		transport, up := strings.CutPrefix(p.Via, "relay-")
-		switch {
-		case up && p.Peer:
-			text += " (peer, " + transport + ")"
-		case up:
+		if p.Via == "peer-relay" {
+			text += " (peer, udp)"
+		} else if transport, up := strings.CutPrefix(p.Via, "relay-"); up {
 			text += " (" + transport + ")"
 		}
 		return text

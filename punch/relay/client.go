@@ -39,6 +39,9 @@ type ClientConfig struct {
 	// Dial opens a TLS connection to the relay, upgraded to frames, and gives
 	// the first 16 bytes of what it exports for the relay. nil: there is no TLS.
 	Dial func(ctx context.Context) (net.Conn, [16]byte, error)
+	// Tries is how many HELLOs without an answer an address gets, until there are
+	// others, or the network changes. 0: no bound.
+	Tries int
 	// Deliver gets the flow frames that come over TLS: a concatenation of
 	// 2-byte length and datagram, which is valid during the call.
 	Deliver func(run []byte)
@@ -132,7 +135,7 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 		wake:   make(chan struct{}, 1),
 		flows:  make(map[punch.Key]*peerFlow),
 	}
-	c.udp.patience = raceAfter
+	c.udp.patience, c.udp.tried = raceAfter, map[netip.AddrPort]int{}
 	if c.session, err = nodeSession(private, cfg.Relay); err != nil {
 		return nil, err
 	}
@@ -263,6 +266,9 @@ func (c *Client) SetAddrs(addrs []netip.AddrPort) {
 	c.mu.Lock()
 	same := slices.Equal(c.addrs, addrs)
 	c.addrs = addrs
+	if !same {
+		clear(c.udp.tried)
+	}
 	if !same && c.active != UDP {
 		c.udp.restart(time.Now(), raceAfter)
 	}
@@ -281,6 +287,7 @@ func (c *Client) NetworkChanged() {
 	}
 	defer c.leave()
 	c.udp.err = nil
+	clear(c.udp.tried)
 	c.udp.restart(c.now, raceAfter)
 	c.tls.backoff, c.tls.next = 0, c.now
 	if c.active == TLS {

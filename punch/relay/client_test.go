@@ -293,6 +293,53 @@ func TestTwoAddresses(t *testing.T) {
 	})
 }
 
+// An address that a relay only says is its own is not asked for ever.
+func TestTries(t *testing.T) {
+	victim := netip.MustParseAddrPort("203.0.113.5:53")
+	for _, alive := range []bool{false, true} {
+		prepare := func(w *world) {
+			w.addrs = append(w.addrs, victim)
+			w.deadAddrs[victim], w.deadAddrs[w.addrs[0]] = true, !alive
+			w.client.cfg.Tries, w.client.cfg.Dial = 5, nil
+		}
+		syncedWith(t, prepare, func(w *world) {
+			asked := func(a netip.AddrPort, want int) {
+				t.Helper()
+				n := 0
+				for _, to := range w.asked {
+					if to == a {
+						n++
+					}
+				}
+				if n != want {
+					t.Errorf("alive %v: %d HELLOs to %v, want %d", alive, n, a, want)
+				}
+				w.asked = nil
+			}
+			for range 20 {
+				w.deadAddrs[w.addrs[0]] = true
+				w.client.Doubt()
+				w.after(time.Minute)
+				w.deadAddrs[w.addrs[0]] = !alive
+				w.client.Doubt()
+				w.after(time.Minute)
+			}
+			asked(victim, 5)
+			w.client.NetworkChanged()
+			w.after(time.Minute)
+			if alive != (w.last.Transport == UDP) {
+				t.Errorf("alive %v: state %+v", alive, w.last)
+			}
+			if !alive {
+				asked(victim, 5)
+				w.client.SetAddrs([]netip.AddrPort{victim})
+				w.after(time.Minute)
+				asked(victim, 5)
+			}
+		})
+	}
+}
+
 func TestRefused(t *testing.T) {
 	for _, udp := range []bool{true, false} {
 		synced(t, func(w *world) {

@@ -64,7 +64,8 @@ type udpSide struct {
 	next     time.Time     // when the next one leaves
 	patience time.Duration // from first until TLS is tried
 	refusals int
-	err      error // why there is no answer
+	err      error                  // why there is no answer
+	tried    map[netip.AddrPort]int // HELLOs to each of the addresses since an answer
 
 	admitted bool // the relay knows the session, as far as we know
 	choice   netip.AddrPort
@@ -124,15 +125,13 @@ func (c *Client) stepUDP() {
 // answer at all.
 func (c *Client) hello() {
 	u := &c.udp
-	targets := c.addrs
-	if c.active == UDP && u.asked == 0 {
-		targets = []netip.AddrPort{u.addr}
-	}
+	targets := c.targets()
 	if len(targets) == 0 {
 		u.next = time.Time{}
 		return
 	}
 	for _, to := range targets {
+		u.tried[to]++
 		c.sendHello(request{to: to, trial: c.active == TLS}, cookie{})
 	}
 	if u.asked++; u.asked == 1 {
@@ -145,6 +144,19 @@ func (c *Client) hello() {
 	if c.active == TLS && u.asked >= trialHellos {
 		u.asked, u.next = 0, c.now.Add(jitter(trialEvery))
 	}
+}
+
+// targets are the addresses to ask now: of them none that let too many HELLOs go
+// without an answer. It may be a stranger's.
+func (c *Client) targets() []netip.AddrPort {
+	u, list := &c.udp, c.addrs
+	if c.active == UDP && u.asked == 0 {
+		list = []netip.AddrPort{u.addr}
+	}
+	if c.cfg.Tries == 0 {
+		return list
+	}
+	return slices.DeleteFunc(slices.Clone(list), func(a netip.AddrPort) bool { return u.tried[a] >= c.cfg.Tries })
 }
 
 func (c *Client) sendHello(r request, k cookie) {
@@ -311,6 +323,7 @@ func (c *Client) pongedUDP(q request, observed netip.AddrPort) {
 	if u.addr != q.to || u.observed != observed {
 		u.rtt = 0
 	}
+	delete(u.tried, q.to)
 	u.counter, u.addr, u.observed, u.err = q.counter, q.to, observed, nil
 	u.rtt = smooth(u.rtt, c.now.Sub(q.at))
 	u.restart(c.now.Add(jitter(helloEvery)), patience(u.rtt))
@@ -349,6 +362,7 @@ func (c *Client) refused(r *request, reason uint8) bool {
 		return false
 	}
 	link := r.link
+	delete(c.udp.tried, r.to)
 	c.forget(r)
 	u := &c.udp
 	c.refusal = errFull

@@ -51,7 +51,7 @@ func atServer(t *testing.T) func(*mesh) *Host {
 func byPeer(name, third string) func(overlay.Status) bool {
 	return func(st overlay.Status) bool {
 		p := pathTo(st, name)
-		return p.Kind == "relay" && p.Peer && p.Relay == third
+		return p.Kind == "relay" && p.Via == "peer-relay" && p.Relay == third
 	}
 }
 
@@ -70,7 +70,7 @@ func (c *peerCell) wantByPeer(t *testing.T) time.Duration {
 func (c *peerCell) wantByServer(t *testing.T) {
 	t.Helper()
 	for _, pair := range [][2]*member{{c.a, c.b}, {c.b, c.a}} {
-		if p := pathTo(pair[0].status(t), pair[1].nodeName); p.Kind != "relay" || p.Peer {
+		if p := pathTo(pair[0].status(t), pair[1].nodeName); p.Kind != "relay" || p.Via == "peer-relay" {
 			t.Errorf("%s reaches %s by %+v", pair[0].nodeName, pair[1].nodeName, p)
 		}
 	}
@@ -232,7 +232,7 @@ func TestPeerRelayIsLeftAlone(t *testing.T) {
 			if relays == nil || relays.Nodes != 0 || relays.Bytes != 0 {
 				t.Errorf("the third says of what it relays: %+v", relays)
 			}
-			if p := pathTo(a.status(t), b.nodeName); p.Peer || (p.Kind == "direct") != (nat == Masquerade) {
+			if p := pathTo(a.status(t), b.nodeName); p.Via == "peer-relay" || (p.Kind == "direct") != (nat == Masquerade) {
 				t.Errorf("the path is %+v", p)
 			}
 		})

@@ -60,7 +60,7 @@ func checkOf(b []byte, to netip.AddrPort) check {
 }
 
 func newAudit(servers []netip.AddrPort, forbidden func(netip.AddrPort) bool) *audit {
-	return &audit{servers: servers, forbidden: forbidden, answered: map[netip.AddrPort]time.Time{}, spoken: map[spareKey]bool{}, met: map[netip.AddrPort]bool{}}
+	return &audit{servers: servers, forbidden: forbidden, answered: map[netip.AddrPort]time.Time{}, spoken: map[spareKey]bool{}, met: map[netip.AddrPort]bool{}, hard: hardRounds{lonesome: map[spareKey][]time.Time{}}}
 }
 
 // attach begins anew in a network where the own addresses are local: its NAT

@@ -24,9 +24,10 @@ type hardRounds struct {
 	count       int // packets of the round
 	total       int // of all rounds
 	rounds      int
-	times       []time.Time // of the last second
-	few         []lone      // of the last minute, from so few sockets that they are no round
-	lone        int         // of all
+	times       []time.Time              // of the last second
+	few         []lone                   // of the last minute, from so few sockets that they are no round
+	lone        int                      // of all
+	lonesome    map[spareKey][]time.Time // of them, of the last second; small rounds come from several sockets
 }
 
 // lone is a packet from a spare socket.
@@ -86,8 +87,8 @@ func (a *audit) sentInRound(to netip.AddrPort, how sending, now time.Time) {
 	}
 	if !a.lonely(how, now) {
 		a.countInRound(now)
-	} else if n := count(a.endpoints, check{to: to}, now); n > maxPerEndpoint {
-		a.fault("%d packets within a second from few spare sockets to %s, which is silent", n, to)
+	} else if n := count(a.hard.lonesome, spareKey{how.port, to}, now); n > maxPerEndpoint {
+		a.fault("%d packets within a second from a spare socket to %s, which is silent", n, to)
 	}
 }
 

@@ -84,6 +84,10 @@ func (a *Agent) proposeFresh(p *peer, now time.Time) {
 	if !a.prepareFresh(now) || !a.leads(p) || now.Before(later(start, o.next)) {
 		return
 	}
+	if !p.talk.spare(now, signalRate) {
+		o.next = now.Add(minFreshGap)
+		return
+	}
 	if o.count++; o.count <= soonFresh {
 		o.gap = minFreshGap
 	} else {

@@ -52,6 +52,7 @@ type meeting struct {
 	backoff  time.Duration
 	proposed time.Time // we wait for its agreement; zero: we do not
 	asked    time.Time // it proposed; zero: it did not, or was answered
+	agreed   time.Time // it agreed; zero: it did not, or the round began
 	rounds   int       // in vain
 	began    time.Time // last round; zero: none
 	mine     side      // as last told
@@ -79,6 +80,10 @@ func (a *Agent) seekHard(p *peer, now time.Time) {
 		a.agree(p, now)
 		return
 	}
+	if !p.meeting.agreed.IsZero() {
+		a.agreed(p, now)
+		return
+	}
 	start := p.hardStart(now)
 	if start.IsZero() {
 		return
@@ -90,7 +95,7 @@ func (a *Agent) seekHard(p *peer, now time.Time) {
 		return
 	}
 	mine, ok := a.side()
-	if !ok {
+	if !ok || !p.talk.ready(now, signalRate) {
 		return
 	}
 	m := &p.meeting
@@ -116,11 +121,17 @@ func (a *Agent) hardNext(p *peer, now time.Time) time.Time {
 	if !p.meeting.asked.IsZero() {
 		return p.meeting.asked.Add(hardAnswer)
 	}
+	if !p.meeting.agreed.IsZero() {
+		return p.meeting.agreed.Add(hardAnswer)
+	}
 	start := p.hardStart(now)
 	if start.IsZero() {
 		return time.Time{}
 	}
-	var next time.Time
+	next := now.Add(p.talk.wait(signalRate))
+	if !next.After(now) {
+		next = time.Time{}
+	}
 	for _, at := range []time.Time{start.Add(-hardSample), start, p.meeting.next, a.hard.again, a.hard.freeAt(), p.meeting.again(), a.othersFirst(p, now)} {
 		if at.After(now) {
 			next = earliest(next, at)
@@ -150,14 +161,33 @@ func (a *Agent) agree(p *peer, now time.Time) {
 	if !ok {
 		return
 	}
-	m.asked, m.mine = time.Time{}, mine
+	m.mine = mine
 	plan, ok := planFor(mine, m.theirs, m.walked)
 	switch {
 	case !ok:
 		a.signal(p, signalAgree, now) // so that the peer knows, too
+	case !a.observed(p, m.theirs.addr):
+		return // the netmap may be behind
+	case a.mayMeet(p, now):
+		a.begin(p, plan, now)
+	}
+	m.asked = time.Time{}
+}
+
+// agreed begins the round that the peer agreed to, as soon as others say that it is
+// where it says.
+func (a *Agent) agreed(p *peer, now time.Time) {
+	m := &p.meeting
+	plan, ok := planFor(m.mine, m.theirs, m.walked)
+	switch {
+	case !ok: // nothing would help, before one of us moves
+		m.backoff, m.next = maxHardPause, now.Add(maxHardPause)
+	case !a.observed(p, m.theirs.addr) && now.Sub(m.agreed) < hardAnswer:
+		return
 	case a.observed(p, m.theirs.addr) && a.mayMeet(p, now):
 		a.begin(p, plan, now)
 	}
+	m.agreed = time.Time{}
 }
 
 // follow forgets what the peer said of a NAT that it has left.
@@ -177,14 +207,8 @@ func (a *Agent) hardSignal(p *peer, s *signal, now time.Time) {
 	case s.kind == signalPropose && !leads:
 		m.theirs, m.asked = s.hard, now
 	case s.kind == signalAgree && leads && !m.proposed.IsZero() && now.Sub(m.proposed) < hardAnswer:
-		m.theirs, m.proposed = s.hard, time.Time{}
-		plan, ok := planFor(m.mine, m.theirs, m.walked)
-		switch {
-		case !ok: // nothing would help, before one of us moves
-			m.backoff, m.next = maxHardPause, now.Add(maxHardPause)
-		case a.observed(p, m.theirs.addr) && a.mayMeet(p, now):
-			a.begin(p, plan, now)
-		}
+		m.theirs, m.proposed, m.agreed = s.hard, time.Time{}, now
+		a.agreed(p, now)
 	case s.kind == signalGo && !leads && r != nil && r.p == p && r.stage == waiting && a.observed(p, s.hard.addr):
 		m.theirs = s.hard
 		if plan, ok := planFor(m.mine, m.theirs, m.walked); ok {

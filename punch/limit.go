@@ -10,6 +10,7 @@ const (
 	pairRate    = 20
 	addressRate = 100
 	signalRate  = 10
+	urgent      = 2 // signals that only those of hard rounds, calls and answers may take
 	// Bounds of the tables of addresses that have not answered.
 	maxPairLimits = 4 * MaxCandidates
 	maxAddresses  = 4096
@@ -33,6 +34,11 @@ func (b *bucket) drain(now time.Time, rate float64) {
 func (b *bucket) ready(now time.Time, rate float64) bool {
 	b.drain(now, rate)
 	return b.used+1 <= rate/2
+}
+
+// spare reports whether take would leave enough for what is more urgent.
+func (b *bucket) spare(now time.Time, rate float64) bool {
+	return b.ready(now, rate) && b.used+1 <= rate/2-urgent
 }
 
 func (b *bucket) take(now time.Time, rate float64) bool {

@@ -26,6 +26,10 @@ func (a *Agent) repeatCall(p *peer, now time.Time) {
 		r.at = time.Time{}
 		return
 	}
+	if !p.talk.spare(now, signalRate) {
+		r.at = now.Add(repeatGap)
+		return
+	}
 	r.count++
 	r.at = now.Add(repeatGap << r.count)
 	a.signal(p, signalCall, now)

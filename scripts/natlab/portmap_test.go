@@ -238,11 +238,11 @@ func TestPinhole(t *testing.T) {
 			t.Logf("gone after %v", time.Since(start).Round(time.Second))
 			break
 		}
-		if err != nil || time.Since(start) > pinholeGone || testing.Short() {
-			text := a.home.mapper.tail()
-			if err == nil && testing.Short() && strings.Count(text, "updating pinhole") > 1 {
-				break // it is made shorter
-			}
+		text := a.home.mapper.tail()
+		if err == nil && testing.Short() && strings.Count(text, "updating pinhole") > 1 {
+			break // it is made shorter
+		}
+		if err != nil || time.Since(start) > pinholeGone || testing.Short() && time.Since(start) > directWait {
 			t.Fatalf("after the end the firewall lets in %q, %v\n%s", list, err, text)
 		}
 	}

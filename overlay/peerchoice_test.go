@@ -223,12 +223,12 @@ func TestPeerRelay(t *testing.T) {
 // What is of no use is not even asked for.
 func TestPeerRelayNotWanted(t *testing.T) {
 	for name, change := range map[string]func(*peerWorld){
-		"direct":      func(w *peerWorld) { w.typ = punch.Host },
+		"direct":      func(w *peerWorld) { w.note(func() { w.typ = punch.Host }) },
 		"near server": func(w *peerWorld) { w.up("server0", 5*ms); w.says(map[byte]uint16{'0': 5}) },
-		"revoked":     func(w *peerWorld) { w.offered = false },
-		"bob himself": func(w *peerWorld) { w.carrier.key = w.bob.key },
+		"revoked":     func(w *peerWorld) { w.note(func() { w.offered = false }) },
+		"bob himself": func(w *peerWorld) { w.note(func() { w.carrier.key = w.bob.key }) },
 		"without UDP": func(w *peerWorld) { w.state("server0", relay.State{Transport: relay.TLS, RTT: 100 * ms}) },
-		"offline":     func(w *peerWorld) { w.bob.online = false; w.says(map[byte]uint16{'0': 100}) },
+		"offline":     func(w *peerWorld) { w.note(func() { w.bob.online = false }); w.says(map[byte]uint16{'0': 100}) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -88,6 +88,8 @@ func (a *Agent) SetServers(list []Server) {
 			s.mapped, s.fresh, s.at, s.limit = known.mapped, known.fresh, known.at, known.limit
 			if bytes.Equal(known.Username, s.Username) {
 				s.token = known.token // another session's proves nothing in this one
+			} else if len(known.token) > 0 {
+				a.told = nil // who publishes now does so without, and has to hear of the next
 			}
 		}
 		a.servers = append(a.servers, s)

@@ -22,16 +22,17 @@ const oneWay = 20 * time.Millisecond
 type world struct {
 	t *testing.T
 
-	mu      sync.Mutex
-	nodes   []*node
-	wires   []wire
-	drop    func(wire) bool
-	fail    func(wire) error // nil: the system sends everything
-	delay   func(wire) time.Duration
-	carry   func(from, to *node) error // nil: signals arrive
-	spare   bool                       // nodes have spare sockets
-	fathoms bool                       // nodes that join search the MTUs of their paths
-	signals int
+	mu         sync.Mutex
+	nodes      []*node
+	wires      []wire
+	drop       func(wire) bool
+	fail       func(wire) error // nil: the system sends everything
+	delay      func(wire) time.Duration
+	nearServer time.Duration              // by how much sooner its answers come
+	carry      func(from, to *node) error // nil: signals arrive
+	spare      bool                       // nodes have spare sockets
+	fathoms    bool                       // nodes that join search the MTUs of their paths
+	signals    int
 }
 
 type wire struct {
@@ -217,7 +218,7 @@ func (w *world) arrive(from *node, x wire) {
 		if x.from != from.outer && x.from != from.other {
 			at = x.from // a spare socket
 		}
-		time.AfterFunc(oneWay, func() { from.Receive(reply, x.to, at) })
+		time.AfterFunc(oneWay-w.nearServer, func() { from.Receive(reply, x.to, at) })
 		return
 	}
 	w.mu.Lock()

@@ -13,12 +13,14 @@ const (
 	maxSockets     = 256
 	maxHardRate    = 200  // packets per second
 	maxHardPackets = 1200 // per round
+	// roundRate leaves room for what fresh sockets send meanwhile.
+	roundRate = maxHardRate - 10
 )
 
 const (
 	// hardGap is the time between two packets of a round; those of a sequence of
 	// ports leave at once, before somebody else takes one.
-	hardGap = time.Second/maxHardRate + 50*time.Microsecond
+	hardGap = time.Second/roundRate + 50*time.Microsecond
 	// settle is from the last opener to full TTL, passGap between later passes.
 	settle  = 150 * time.Millisecond
 	passGap = 300 * time.Millisecond

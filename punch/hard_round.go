@@ -44,7 +44,7 @@ type trial struct {
 
 // governor holds a rate in every second: it knows when the last packets left.
 type governor struct {
-	times [maxHardRate]time.Time
+	times [roundRate]time.Time
 	count int
 }
 

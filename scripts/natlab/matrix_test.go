@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	shortRuns, fullRuns   = 2, 20
+	shortRuns, fullRuns   = 1, 20
 	shortJoins, fullJoins = 1, 5
 
 	fastPing = 50 * time.Millisecond

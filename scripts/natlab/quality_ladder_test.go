@@ -80,7 +80,7 @@ func (l *qualityLadder) wants(t *testing.T, n int) bool {
 	t.Helper()
 	list := os.Getenv(envRungs)
 	if list == "" {
-		return !testing.Short() || slices.Contains([]int{2, 7}, n)
+		return !testing.Short() || slices.Contains([]int{7}, n)
 	}
 	return slices.Contains(strings.Split(list, ","), strconv.Itoa(n))
 }

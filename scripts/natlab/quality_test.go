@@ -151,7 +151,7 @@ func TestBadDirect(t *testing.T) {
 	if !strings.Contains(reason, "the direct path loses") {
 		t.Errorf("reason in status: %q", reason)
 	}
-	time.Sleep(time.Duration(runs(20, 60)) * time.Second)
+	time.Sleep(time.Duration(runs(10, 60)) * time.Second)
 	if !relayedTo(b.nodeName)(a.status(t)) || !relayedTo(a.nodeName)(b.status(t)) {
 		t.Error("back on the direct path, which is bad")
 	}

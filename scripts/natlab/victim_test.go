@@ -30,6 +30,10 @@ const (
 // TestVictims has a member name addresses of somebody who has nothing to do with
 // the mesh as its own, in every way there is, and counts what arrives there.
 func TestVictims(t *testing.T) {
+	needLab(t)
+	if testing.Short() {
+		t.Skip("punch/nattest has the short form")
+	}
 	// A delay line would bunch packets, when the machine is busy.
 	m := newMeshIn(t, Options{Delay: -1})
 	honest := [2]*member{m.join(t, m.laptopAt(t, "a", Masquerade)), m.join(t, m.laptopAt(t, "b", Masquerade))}

@@ -161,6 +161,10 @@ func through(t *testing.T, line Line, use func(in chan<- string, out <-chan stri
 
 // TestAccessLine measures what a home on a bad line has of it.
 func TestAccessLine(t *testing.T) {
+	needLab(t)
+	if testing.Short() {
+		t.Skip("it measures a line of the lab's own")
+	}
 	lab := newLab(t, Options{Delay: time.Millisecond})
 	server := mustServer(t, lab, "server")
 	bad, good := mustHome(t, lab, "bad", Masquerade), mustHome(t, lab, "good", Masquerade)

@@ -102,6 +102,10 @@ func (m *mesh) homeOf(t *testing.T, nat NAT) *Home {
 
 // TestNetcheckMTU measures a line that carries less than the LAN, and says nothing.
 func TestNetcheckMTU(t *testing.T) {
+	needLab(t)
+	if testing.Short() {
+		t.Skip("overlay has the short form")
+	}
 	m := newMesh(t)
 	for nat, want := range map[NAT]int{SmallMTU: smallMTU, Masquerade: 1500} {
 		c := m.checked(t, string(nat), m.homeOf(t, nat))

@@ -131,6 +131,10 @@ func blackHole(t *testing.T, all *figures, args []string) {
 // TestBadDirect has the direct path of two nodes lose packets, and theirs to the
 // relay none: they move to the relay, and come back when the path is well again.
 func TestBadDirect(t *testing.T) {
+	needLab(t)
+	if testing.Short() {
+		t.Skip("punch/nattest has the short form")
+	}
 	m, a, b := mix{Masquerade, Masquerade, false}.pair(t, Options{})
 	mustDirect(t, a, b)
 	both := func(limit time.Duration, kind func(string) func(overlay.Status) bool) time.Duration {

@@ -151,8 +151,7 @@ func relayPlace(published []punch.Candidate, local []netip.Prefix, port uint16, 
 
 // internet says whether the Internet routes to an address.
 func internet(a netip.Addr) bool {
-	shared := netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64}), 10) // RFC 6598
-	return a.IsGlobalUnicast() && !a.IsPrivate() && !shared.Contains(a)
+	return a.IsGlobalUnicast() && !punch.Private(a)
 }
 
 // look has the relay see whether it is reached and of use.

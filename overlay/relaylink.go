@@ -179,8 +179,12 @@ func (m *member) relayInfo(mesh []netip.Prefix) relayInfo {
 // outside says whether an address that somebody named may be sent to: it leads
 // neither to this machine, nor to all on its link, nor into the mesh.
 func outside(a netip.Addr, mesh []netip.Prefix) bool {
-	a = a.Unmap()
-	return a.IsGlobalUnicast() && !slices.ContainsFunc(mesh, func(p netip.Prefix) bool { return p.Contains(a) })
+	return a.Unmap().IsGlobalUnicast() && !inside(a, mesh)
+}
+
+// inside reports whether an address is in one of the prefixes.
+func inside(a netip.Addr, list []netip.Prefix) bool {
+	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
 }
 
 // onlyDevice accepts the key of one device.

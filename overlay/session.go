@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -282,7 +281,7 @@ func (s *session) forbidden(a netip.AddrPort) bool {
 
 // inMesh reports whether an address is inside the mesh.
 func (s *session) inMesh(a netip.Addr) bool {
-	return slices.ContainsFunc(s.mesh, func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
+	return inside(a, s.mesh)
 }
 
 // run holds the session together until ctx ends, then takes it down.

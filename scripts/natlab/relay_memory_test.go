@@ -18,9 +18,6 @@ const (
 // and with many idle clients over TLS.
 func TestRelayMemory(t *testing.T) {
 	needLab(t)
-	if testing.Short() {
-		t.Skip("it measures, and fills a relay for that")
-	}
 	m := newMesh(t)
 	a := m.join(t, mustServer(t, m.Lab, "a"))
 	task := lightTask{TLS: runs(100, 1000), UDP: runs(60, 142)}

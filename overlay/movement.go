@@ -9,8 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"overlay/punch"
 	"overlay/tun"
 )
@@ -113,15 +111,6 @@ func (s *session) reopen() error {
 func (s *session) remapped() {
 	s.log.Info("the router gave this machine another address or port")
 	s.links.networkChanged()
-}
-
-// sinceBoot is the time since the machine started, sleep included.
-func sinceBoot() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		return 0 // which Linux never does; then no sleep is noticed
-	}
-	return time.Duration(t.Nano())
 }
 
 // sleepWatch notices that the machine slept, and has things mended then.

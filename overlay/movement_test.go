@@ -136,15 +136,6 @@ func TestReopenIsRepeated(t *testing.T) {
 	})
 }
 
-// The clock of the system goes on, whatever else it does.
-func TestSinceBoot(t *testing.T) {
-	before := sinceBoot()
-	time.Sleep(time.Millisecond)
-	if after := sinceBoot(); before <= 0 || after-before < time.Millisecond {
-		t.Errorf("%v, and a millisecond later %v", before, after)
-	}
-}
-
 // After a sleep handshakes are started on every path, relayed or not.
 func TestHandshakesAfterSleep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -2,10 +2,7 @@ package overlay
 
 import (
 	"context"
-	"fmt"
 	"net"
-
-	"golang.org/x/sys/unix"
 
 	"overlay/punch"
 	"overlay/tun"
@@ -32,8 +29,8 @@ func pathMTU(ctx context.Context, network string, server punch.Server) (int, err
 		return 0, err
 	}
 	defer closeAll([]*spare{s})
-	if err := s.dontFragment(network); err != nil {
-		return 0, fmt.Errorf("forbid fragments: %w", err)
+	if err := tun.DontFragment(s.conn); err != nil {
+		return 0, err
 	}
 	overhead := overhead4
 	if network == "udp6" {
@@ -57,25 +54,6 @@ func pathMTU(ctx context.Context, network string, server punch.Server) (int, err
 		}
 	}
 	return largest, nil
-}
-
-// dontFragment has packets of any size leave in one piece, whatever the system
-// believes of the path, or not at all.
-func (s *spare) dontFragment(network string) error {
-	level, option, probe := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE
-	if network == "udp6" {
-		level, option, probe = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
-	}
-	raw, err := s.conn.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var set error
-	err = raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), level, option, probe) })
-	if err != nil {
-		return err
-	}
-	return set
 }
 
 // linkMTU is that of the interface which the default route takes; nil: there is

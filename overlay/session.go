@@ -306,7 +306,7 @@ func (s *session) run(ctx context.Context) error {
 	g.Go(func() error { return s.endpoints.run(ctx) })
 	g.Go(func() error { return s.tend(ctx) })
 	g.Go(func() error { return s.follow(ctx) })
-	g.Go(func() error { return sleepWatch{sinceBoot, s.woke, s.reopened}.run(ctx) })
+	g.Go(func() error { return sleepWatch{tun.SinceBoot, s.woke, s.reopened}.run(ctx) })
 	err := g.Wait()
 	s.saveCache()
 	return errors.Join(err, dev.Close())

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -113,4 +114,14 @@ func netipPrefix(n *net.IPNet) (netip.Prefix, bool) {
 	ones, _ := n.Mask.Size()
 	p := netip.PrefixFrom(a.Unmap(), ones)
 	return p, ok && p.IsValid()
+}
+
+// SinceBoot is the time since the machine started, sleep included; 0 when the
+// system has no such clock. Safe for concurrent use.
+func SinceBoot() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
 }

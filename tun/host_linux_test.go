@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 )
@@ -61,4 +62,13 @@ func TestOverlaps(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// The clock of the system goes on, whatever else it does.
+func TestSinceBoot(t *testing.T) {
+	before := SinceBoot()
+	time.Sleep(time.Millisecond)
+	if after := SinceBoot(); before <= 0 || after-before < time.Millisecond {
+		t.Errorf("%v, and a millisecond later %v", before, after)
+	}
 }

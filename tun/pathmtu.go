@@ -1,6 +1,9 @@
 package tun
 
 import (
+	"errors"
+	"fmt"
+	"net"
 	"net/netip"
 	"syscall"
 
@@ -81,10 +84,7 @@ func isProbe(b []byte) bool { return len(b) > probeSize && frameOf(b) == frameST
 func (s *socket) whole(send func(fd uintptr)) error {
 	s.probing.Lock()
 	defer s.probing.Unlock()
-	level, option, probe := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE
-	if s.local().Addr().Is6() {
-		level, option, probe = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
-	}
+	level, option, probe := discovery(s.local().Addr().Is6())
 	return s.raw.Control(func(fd uintptr) {
 		before, err := unix.GetsockoptInt(int(fd), level, option)
 		if err == nil {
@@ -95,6 +95,33 @@ func (s *socket) whole(send func(fd uintptr)) error {
 			_ = unix.SetsockoptInt(int(fd), level, option, before) // as it was
 		}
 	})
+}
+
+// DontFragment has the datagrams of a UDP socket leave in one piece, or not at all,
+// whatever the kernel believes of the path: those that are larger than the MTU of
+// the interface fail with EMSGSIZE.
+func DontFragment(c *net.UDPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("forbid fragments: %w", err)
+	}
+	local, _ := c.LocalAddr().(*net.UDPAddr)
+	level, option, probe := discovery(local != nil && local.AddrPort().Addr().Is6())
+	var set error
+	err = raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), level, option, probe) })
+	if err = errors.Join(err, set); err != nil {
+		return fmt.Errorf("forbid fragments: %w", err)
+	}
+	return nil
+}
+
+// discovery is the socket option for path MTU discovery, and its value with which
+// probes leave (IP_PMTUDISC_PROBE in ip(7)).
+func discovery(six bool) (level, option, probe int) {
+	if six {
+		return unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
+	}
+	return unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE
 }
 
 // give runs a train on a socket.

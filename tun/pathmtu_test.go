@@ -2,8 +2,10 @@ package tun
 
 import (
 	"bytes"
+	"errors"
 	"net"
 	"net/netip"
+	"syscall"
 	"testing"
 	"time"
 
@@ -168,6 +170,38 @@ func TestProbeIsNotCut(t *testing.T) {
 		check(t, a.Send([][]byte{dataMessage(3, 1, 1600)}, a.path(t, keyB, b.at(v6))))
 		if m := b.next(t); len(m.data) != 1600 {
 			t.Errorf("%d bytes arrived", len(m.data))
+		}
+	}
+}
+
+// Where fragments are forbidden, what the interface does not take fails at once.
+func TestDontFragment(t *testing.T) {
+	s := newSpace(t)
+	s.do(t, func() error {
+		l, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetMTU(l, 1500)
+	})
+	for network, to := range map[string]string{"udp4": "127.0.0.1:9", "udp6": "[::1]:9"} {
+		var c *net.UDPConn
+		s.do(t, func() (err error) {
+			c, err = net.ListenUDP(network, nil)
+			return err
+		})
+		send := func() error {
+			_, err := c.WriteToUDPAddrPort(make([]byte, 1600), netip.MustParseAddrPort(to))
+			return err
+		}
+		check(t, send())
+		check(t, DontFragment(c))
+		if err := send(); !errors.Is(err, syscall.EMSGSIZE) {
+			t.Errorf("%s: %v", network, err)
+		}
+		check(t, c.Close())
+		if err := DontFragment(c); err == nil {
+			t.Errorf("%s: a closed socket was changed", network)
 		}
 	}
 }

@@ -67,19 +67,19 @@ type peerRelay struct {
 	doorkeeper
 	config relay.ServerConfig
 	port   uint16
-	mapper *portmap.Mapper // nil: routers are not asked
 	// useful says whether there may be a pair to relay for; place at which port of
-	// the published addresses others reach the relay, 0: nowhere.
-	useful  func() bool
-	place   func([]portmap.Mapping) uint16
-	publish func()
-	log     *slog.Logger
-	wake    chan struct{}
+	// the published addresses others reach the relay, 0: nowhere; mapPorts has
+	// routers map what toMap says.
+	useful   func() bool
+	place    func([]portmap.Mapping) uint16
+	mapPorts func()
+	publish  func()
+	log      *slog.Logger
+	wake     chan struct{}
 
 	mu     sync.Mutex
-	routes []portmap.Route // to routers
-	maps   bool            // one of them maps ports
-	asked  []portmap.Route
+	maps   bool // a router maps the port of WireGuard; others are not asked
+	wanted bool // and is to map that of the relay
 	mapped []portmap.Mapping
 	server *relay.Server // nil: it does not run
 	open   uint16        // as published
@@ -93,7 +93,7 @@ func (s *session) newPeerRelay() error {
 	}
 	r := &peerRelay{
 		doorkeeper: doorkeeper{&s.mu, s.roster.mesh}, port: uint16(s.settings.RelayPort),
-		useful: s.hasPairs, publish: s.control.publish, log: s.log, wake: make(chan struct{}, 1),
+		useful: s.hasPairs, mapPorts: s.mapPorts, publish: s.control.publish, log: s.log, wake: make(chan struct{}, 1),
 	}
 	r.place = func(mapped []portmap.Mapping) uint16 {
 		s.mu.Lock()
@@ -106,11 +106,6 @@ func (s *session) newPeerRelay() error {
 		FlowRate: rate, NodeRate: rate, TotalRate: rate, MaxNodes: peerRelayNodes, MaxFlows: peerRelayFlows,
 		// From within, two relays could be made to send to each other through each other.
 		Refuse: s.inMesh,
-	}
-	if s.settings.PortMapping != portMappingOff {
-		if r.mapper, err = s.newMapperOf("overlay relay", r.port, r.setMapped); err != nil {
-			return err
-		}
 	}
 	s.peerRelay = r
 	return nil
@@ -165,68 +160,49 @@ func (r *peerRelay) look() {
 	}
 }
 
-// setRoutes says which routers there are, after every change of the network.
-func (r *peerRelay) setRoutes(routes []portmap.Route) {
+// setMapped tells where routers let others in to the port of the relay, and whether
+// one of them does to that of WireGuard.
+func (r *peerRelay) setMapped(list []portmap.Mapping, maps bool) {
 	if r == nil {
 		return
 	}
 	r.mu.Lock()
-	r.routes = routes
+	r.mapped, r.maps = list, maps
 	r.mu.Unlock()
-	r.checkMapping()
 	r.look()
 }
 
-// setMaps says whether one of the routers maps ports. Others are not asked again.
-func (r *peerRelay) setMaps(maps bool) {
+// toMap is the port that routers are to map; 0: none.
+func (r *peerRelay) toMap() uint16 {
 	if r == nil {
-		return
+		return 0
 	}
 	r.mu.Lock()
-	r.maps = maps
-	r.mu.Unlock()
-	r.look()
-}
-
-// checkMapping has the router asked whether the port of the relay is still the same.
-func (r *peerRelay) checkMapping() {
-	if r != nil && r.mapper != nil {
-		r.mapper.Check()
+	defer r.mu.Unlock()
+	if !r.wanted {
+		return 0
 	}
-}
-
-func (r *peerRelay) setMapped(list []portmap.Mapping) {
-	r.mu.Lock()
-	r.mapped = list
-	r.mu.Unlock()
-	r.look()
+	return r.port
 }
 
 // run relays, whenever it can, until ctx ends.
 func (r *peerRelay) run(ctx context.Context) error {
-	g, ctx := errgroup.WithContext(ctx)
-	if r.mapper != nil {
-		g.Go(func() error { return r.mapper.Run(ctx) })
-	}
-	g.Go(func() error {
-		again := time.NewTimer(peerRelayAgain)
-		defer again.Stop()
-		for ctx.Err() == nil {
-			if port := r.reached(); port != 0 {
-				if err := r.serve(ctx, port); err != nil {
-					r.log.Warn("relaying for others failed", "err", err)
-				}
-				again.Reset(peerRelayAgain)
+	again := time.NewTimer(peerRelayAgain)
+	defer again.Stop()
+	for ctx.Err() == nil {
+		if port := r.reached(); port != 0 {
+			if err := r.serve(ctx, port); err != nil {
+				r.log.Warn("relaying for others failed", "err", err)
 			}
-			select {
-			case <-ctx.Done():
-			case <-again.C:
-			case <-r.wake:
-			}
+			again.Reset(peerRelayAgain)
 		}
-		return nil
-	})
-	return g.Wait()
+		select {
+		case <-ctx.Done():
+		case <-again.C:
+		case <-r.wake:
+		}
+	}
+	return nil
 }
 
 // reached tells at which port others reach the relay, and has routers asked for
@@ -234,17 +210,10 @@ func (r *peerRelay) run(ctx context.Context) error {
 func (r *peerRelay) reached() uint16 {
 	useful := r.useful()
 	r.mu.Lock()
-	var routes []portmap.Route
-	if useful && r.maps {
-		routes = r.routes
-	}
-	ask := r.mapper != nil && !slices.Equal(r.asked, routes)
-	r.asked = routes
+	r.wanted = useful && r.maps
 	mapped := r.mapped
 	r.mu.Unlock()
-	if ask {
-		r.mapper.SetRoutes(routes)
-	}
+	r.mapPorts() // also when it seems to be known: somebody may just have said otherwise
 	if !useful {
 		return 0
 	}

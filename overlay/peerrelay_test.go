@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -93,8 +94,9 @@ func startPeerRelay(t *testing.T, r *roster, key [32]byte) *peerHost {
 	h := &peerHost{roster: r, pairs: true, port: freePort(t)}
 	h.peerRelay = &peerRelay{
 		doorkeeper: doorkeeper{&h.mu, r.mesh}, port: h.port, log: slog.New(slog.DiscardHandler), wake: make(chan struct{}, 1),
-		useful: func() bool { h.mu.Lock(); defer h.mu.Unlock(); return h.pairs },
-		place:  func([]portmap.Mapping) uint16 { h.mu.Lock(); defer h.mu.Unlock(); return h.port },
+		useful:   func() bool { h.mu.Lock(); defer h.mu.Unlock(); return h.pairs },
+		place:    func([]portmap.Mapping) uint16 { h.mu.Lock(); defer h.mu.Unlock(); return h.port },
+		mapPorts: func() {},
 	}
 	h.publish = func() {
 		h.mu.Lock()
@@ -194,10 +196,9 @@ func TestPeerRelayOff(t *testing.T) {
 		t.Fatalf("made %v, %v", s.peerRelay, err)
 	}
 	s.peerRelay.look()
-	s.peerRelay.setMaps(true)
-	s.peerRelay.setRoutes(nil)
+	s.peerRelay.setMapped(nil, true)
 	s.peerRelay.retain()
-	if s.peerRelay.published() != 0 || s.peerRelay.status() != nil {
+	if s.peerRelay.toMap() != 0 || s.peerRelay.published() != 0 || s.peerRelay.status() != nil {
 		t.Error("it relays all the same")
 	}
 }
@@ -224,6 +225,36 @@ func TestHasPairs(t *testing.T) {
 	}
 }
 
+// Routers that map ports are to map that of the relay, while there may be a pair.
+func TestPeerRelayAsksRouters(t *testing.T) {
+	var useful bool
+	var asked []uint16
+	r := &peerRelay{
+		port: 4000, wake: make(chan struct{}, 1), useful: func() bool { return useful },
+		place: func(list []portmap.Mapping) uint16 { return uint16(len(list)) },
+	}
+	r.mapPorts = func() { asked = append(asked, r.toMap()) }
+	one := []portmap.Mapping{{Port: 4000}}
+	for _, c := range []struct {
+		useful, maps bool
+		mapped       []portmap.Mapping
+		port, asks   uint16
+	}{
+		{true, false, nil, 0, 0},
+		{false, true, nil, 0, 0},
+		{true, true, nil, 0, 4000},
+		{true, true, one, 1, 4000},
+		{false, true, one, 0, 0},
+		{true, false, nil, 0, 0},
+	} {
+		useful, asked = c.useful, nil
+		r.setMapped(c.mapped, c.maps)
+		if port := r.reached(); port != c.port || !slices.Equal(asked, []uint16{c.asks}) {
+			t.Errorf("%+v: reached at %d, asked for %v", c, port, asked)
+		}
+	}
+}
+
 // A moment without an address does not end the flows.
 func TestPeerRelayGrace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -231,7 +262,7 @@ func TestPeerRelayGrace(t *testing.T) {
 		server := &relay.Server{}
 		r := &peerRelay{
 			useful: func() bool { return true }, place: func([]portmap.Mapping) uint16 { return uint16(port.Load()) },
-			publish: func() {}, wake: make(chan struct{}, 1), open: 4000,
+			mapPorts: func() {}, publish: func() {}, wake: make(chan struct{}, 1), open: 4000,
 		}
 		done := make(chan struct{})
 		go func() { r.watch(t.Context(), server); close(done) }()

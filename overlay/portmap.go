@@ -21,28 +21,27 @@ func (s *session) newMapper() error {
 	if s.settings.PortMapping == portMappingOff {
 		return nil
 	}
-	var err error
-	s.mapper, err = s.newMapperOf("overlay", s.dev.Load().Port(), s.mapped)
-	return err
-}
-
-// newMapperOf makes what asks the router for a way in to a port.
-func (s *session) newMapperOf(name string, port uint16, tell func([]portmap.Mapping)) (*portmap.Mapper, error) {
 	secret := sha256.Sum256(append([]byte("overlay port mapping "), s.keys.WireGuard[:]...))
-	m, err := portmap.New(portmap.Config{Port: port, Name: name, Secret: secret[:], OnMapping: tell, Log: s.log})
+	var err error
+	s.mapper, err = portmap.New(portmap.Config{
+		Port: s.dev.Load().Port(), Name: "overlay", Secret: secret[:], OnMapping: s.mapped, Log: s.log,
+	})
 	if err != nil {
-		return nil, fmt.Errorf("prepare port mapping: %w", err)
+		return fmt.Errorf("prepare port mapping: %w", err)
 	}
-	return m, nil
+	return nil
 }
 
-// mapped hands on where routers let peers in: to the port of WireGuard, whatever
-// else is mapped.
+// mapped hands on where routers let peers in: to the port of WireGuard, and to that
+// of the relay.
 func (s *session) mapped(list []portmap.Mapping) {
+	port := s.dev.Load().Port()
 	var addrs []netip.AddrPort
 	var by []string
+	var others []portmap.Mapping
 	for _, m := range list {
-		if m.Port != s.dev.Load().Port() {
+		if m.Port != port {
+			others = append(others, m)
 			continue
 		}
 		how := m.Protocol
@@ -51,33 +50,41 @@ func (s *session) mapped(list []portmap.Mapping) {
 		}
 		addrs, by = append(addrs, m.External), append(by, how)
 	}
-	s.log.Info("ports mapped", "by", by)
+	s.log.Info("ports mapped", "by", by, "others", len(others))
 	s.agent.SetMapped(addrs)
-	s.peerRelay.setMaps(len(list) > 0)
+	s.peerRelay.setMapped(others, len(addrs) > 0)
 }
 
-// lookAtRouters tells the mapper which routers there are now, and which port to
-// map: sockets may have been opened anew at another one.
+// mapPorts tells the mapper which of our ports to map: the sockets may have been
+// opened anew at another one, and the relay may have come or gone.
+func (s *session) mapPorts() {
+	if s.mapper == nil {
+		return
+	}
+	s.mapper.SetPorts(s.dev.Load().Port(), s.peerRelay.toMap())
+}
+
+// lookAtRouters tells the mapper which routers there are now, and which ports to
+// map.
 func (s *session) lookAtRouters() {
 	if s.mapper == nil {
 		return
 	}
-	s.mapper.SetPorts(s.dev.Load().Port())
+	s.mapPorts()
+	s.peerRelay.look() // it may have decided otherwise at the same moment
 	list, err := routes()
 	if err != nil {
 		s.log.Warn("routers not found", "err", err)
 		return
 	}
 	s.mapper.SetRoutes(list)
-	s.peerRelay.setRoutes(list)
 }
 
-// checkMapping has the router asked whether the mapped port is still the same.
+// checkMapping has the router asked whether the mapped ports are still the same.
 func (s *session) checkMapping() {
 	if s.mapper != nil {
 		s.mapper.Check()
 	}
-	s.peerRelay.checkMapping()
 }
 
 // publishable leaves out the mapped ports that the server would refuse: those on

@@ -26,10 +26,12 @@ type Run struct {
 	Reply     time.Duration `json:"replyNs"`
 	// Spent is how many packets both nodes sent to find a path, until then or the
 	// end; Routers what a router had in its table at most, and Excess says that this
-	// was more than may be.
+	// was more than may be. Fits is how many flows of two routers led to each other at
+	// most: without one there is no direct path where ports have to be guessed.
 	Spent   int     `json:"packetsSpent"`
 	Routers Tracked `json:"routers"`
 	Excess  string  `json:"excess,omitempty"`
+	Fits    int     `json:"fits"`
 }
 
 // replyGrace is how long a reply may take once both nodes are direct, or the run
@@ -45,7 +47,7 @@ func (p *Pair) Run(ctx context.Context, number int) (r Run, err error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	var g errgroup.Group
-	g.Go(func() error { r.Routers, r.Excess = p.watchRouters(ctx); return nil })
+	g.Go(func() error { p.watchRouters(ctx, &r); return nil })
 	g.Go(func() error { return p.churn(ctx) })
 	g.Go(func() error {
 		defer stop()

@@ -79,54 +79,76 @@ func (p *Pair) limit(r *Home) Tracked {
 	return l
 }
 
-// watchRouters looks at the tables of all routers until the context ends. The text
-// says of a router that it had more than the limit allows.
-func (p *Pair) watchRouters(ctx context.Context) (most Tracked, excess string) {
+// watchRouters looks at the tables of all routers until the context ends.
+func (p *Pair) watchRouters(ctx context.Context, run *Run) {
 	const pace = 50 * time.Millisecond
 	for ctx.Err() == nil {
+		var searches [][]trackedFlow
 		for _, r := range p.routers {
 			// A router that cannot tell now is asked again soon.
-			t, err := r.tracked(p.strangers)
+			t, search, err := r.tracked(p.strangers)
 			if err != nil {
 				continue
 			}
-			most = most.most(t)
-			if limit := p.limit(r); excess == "" && !t.within(limit) {
-				excess = fmt.Sprintf("router %s has %+v in its table, the limit is %+v", r.name, t, limit)
+			searches = append(searches, search)
+			run.Routers = run.Routers.most(t)
+			if limit := p.limit(r); run.Excess == "" && !t.within(limit) {
+				run.Excess = fmt.Sprintf("router %s has %+v in its table, the limit is %+v", r.name, t, limit)
+			}
+		}
+		for i, a := range searches {
+			for _, b := range searches[i+1:] {
+				run.Fits = max(run.Fits, fits(a, b))
 			}
 		}
 		time.Sleep(pace)
 	}
-	return most, excess
 }
 
 // trackedFlow is a flow in a router's table: who began it with whom, and where it
 // seems to come from.
 type trackedFlow struct {
-	from, to netip.Addr
-	outside  netip.AddrPort
+	from    netip.Addr
+	to      netip.AddrPort
+	outside netip.AddrPort
 }
 
-// tracked counts what the router's table has.
-func (h *Home) tracked(strangers []*Host) (t Tracked, err error) {
+// fits counts the flows of one router with which one of the other fits: each leads
+// to where the other seems to come from.
+func fits(one, other []trackedFlow) (n int) {
+	ways := map[[2]netip.AddrPort]bool{}
+	for _, f := range one {
+		ways[[2]netip.AddrPort{f.outside, f.to}] = true
+	}
+	for _, f := range other {
+		if ways[[2]netip.AddrPort{f.to, f.outside}] {
+			n++
+		}
+	}
+	return n
+}
+
+// tracked counts what the router's table has, and gives the flows of the search.
+func (h *Home) tracked(strangers []*Host) (t Tracked, search []trackedFlow, err error) {
 	flows, err := h.flows()
 	if err != nil {
-		return t, err
+		return t, nil, err
 	}
 	ports := map[netip.AddrPort]bool{}
 	t.All = len(flows)
 	for _, f := range flows {
-		own := f.to == h.router() || f.to.IsMulticast() || f.to == netip.IPv4Unspecified()
-		if own || served(f.from) || served(f.to) || slices.ContainsFunc(strangers, func(s *Host) bool { return s.addr == f.from }) {
+		to := f.to.Addr()
+		own := to == h.router() || to.IsMulticast() || to == netip.IPv4Unspecified()
+		if own || served(f.from) || served(to) || slices.ContainsFunc(strangers, func(s *Host) bool { return s.addr == f.from }) {
 			continue
 		}
-		t.Search++
+		search = append(search, f)
 		if f.outside.Addr() == h.WAN() {
 			ports[f.outside] = true
 		}
 	}
-	t.Ports = len(ports)
-	return t, nil
+	t.Search, t.Ports = len(search), len(ports)
+	return t, search, nil
 }
 
 // served says that an address is a server's or the core's.
@@ -144,7 +166,7 @@ func (h *Home) flows() (all []trackedFlow, err error) {
 			}
 			for _, f := range list {
 				all = append(all, trackedFlow{
-					from: ipOf(f.Forward.SrcIP), to: ipOf(f.Forward.DstIP),
+					from: ipOf(f.Forward.SrcIP), to: netip.AddrPortFrom(ipOf(f.Forward.DstIP), f.Forward.DstPort),
 					outside: netip.AddrPortFrom(ipOf(f.Reverse.DstIP), f.Reverse.DstPort),
 				})
 			}
@@ -153,7 +175,7 @@ func (h *Home) flows() (all []trackedFlow, err error) {
 	})
 	if h.table != nil {
 		h.table.Each(func(inside, outside, remote netip.AddrPort) {
-			all = append(all, trackedFlow{from: inside.Addr(), to: remote.Addr(), outside: outside})
+			all = append(all, trackedFlow{from: inside.Addr(), to: remote, outside: outside})
 		})
 	}
 	return all, err

@@ -22,7 +22,7 @@ func TestTrackedCounts(t *testing.T) {
 		}
 		mustSend(t, laptop, netip.AddrPortFrom(home.router(), 9), 1)
 		mustSend(t, stranger, netip.MustParseAddrPort("203.0.113.201:7000"), peers)
-		got, err := home.tracked([]*Host{stranger})
+		got, _, err := home.tracked([]*Host{stranger})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -88,5 +88,23 @@ func TestRouterState(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestFits(t *testing.T) {
+	at := netip.MustParseAddrPort
+	one := []trackedFlow{
+		{outside: at("192.0.2.1:1"), to: at("192.0.2.2:7")},
+		{outside: at("192.0.2.1:2"), to: at("192.0.2.2:8")},
+		{outside: at("192.0.2.1:3"), to: at("192.0.2.2:9")},
+	}
+	other := []trackedFlow{
+		{outside: at("192.0.2.2:7"), to: at("192.0.2.1:2")}, // only there
+		{outside: at("192.0.2.2:8"), to: at("192.0.2.1:2")},
+		{outside: at("192.0.2.2:5"), to: at("192.0.2.1:3")}, // only back
+		{outside: at("192.0.2.1:1"), to: at("192.0.2.2:7")}, // the same way
+	}
+	if n := fits(one, other); n != 1 {
+		t.Errorf("%d", n)
 	}
 }

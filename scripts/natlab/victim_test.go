@@ -386,7 +386,7 @@ func (s *slander) state(t *testing.T, limit int) {
 		}
 		count := 0
 		for _, f := range flows {
-			if f.to == s.v.addr {
+			if f.to.Addr() == s.v.addr {
 				count++
 			}
 		}

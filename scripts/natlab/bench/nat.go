@@ -98,8 +98,8 @@ func (t *cellTable) run(ctx context.Context, o *options) (err error) {
 			return err
 		}
 		t.outcome.Runs = append(t.outcome.Runs, r)
-		fmt.Fprintf(os.Stderr, "  %d: direct %v after %v, by %s, %d packets, %+v in a router\n",
-			i, r.Direct, r.After.Round(time.Millisecond), r.Via, r.Spent, r.Routers)
+		fmt.Fprintf(os.Stderr, "  %d: direct %v after %v, by %s, %d packets, %+v in a router, %d fit\n",
+			i, r.Direct, r.After.Round(time.Millisecond), r.Via, r.Spent, r.Routers, r.Fits)
 	}
 	return nil
 }

@@ -33,9 +33,10 @@ const (
 
 // farPeer is a peer in use that is reached over a relay.
 type farPeer struct {
-	key   punch.Key
-	trips []trust.RelayTrip // as it published them
-	base  time.Duration     // round trip over the best relay that is no node; 0: unknown
+	key    punch.Key
+	online bool              // says the server; if not, it may only have lost the server
+	trips  []trust.RelayTrip // as it published them
+	base   time.Duration     // round trip over the best relay that is no node; 0: there is none
 }
 
 // peerOffer is a node that relays for others.
@@ -86,9 +87,7 @@ type peerChoice struct {
 func choosePeerRelays(peers []farPeer, offers []peerOffer) []peerChoice {
 	var all []peerChoice
 	for _, p := range peers {
-		if p.base >= farRelay {
-			all = append(all, p.choices(offers)...)
-		}
+		all = append(all, p.choices(offers)...)
 	}
 	slices.SortFunc(all, func(a, b peerChoice) int {
 		return cmp.Or(-compareBool(a.there, b.there), -cmp.Compare(a.saves, b.saves), slices.Compare(a.relay[:], b.relay[:]))
@@ -103,7 +102,7 @@ func choosePeerRelays(peers []farPeer, offers []peerOffer) []peerChoice {
 }
 
 // choices are the peer relays worth a link for one peer. One in use is, as long as
-// it is nearer at all.
+// it is nearer at all, or there is no other relay.
 func (p *farPeer) choices(offers []peerOffer) []peerChoice {
 	var list []peerChoice
 	for i := range offers {
@@ -112,7 +111,8 @@ func (p *farPeer) choices(offers []peerOffer) []peerChoice {
 			continue
 		}
 		trip, there := o.estimate(p)
-		if nearer(trip, p.base) || there && o.up && trip < p.base {
+		used := there && o.up && (p.base == 0 || trip < p.base)
+		if used || p.online && p.base >= farRelay && nearer(trip, p.base) {
 			list = append(list, peerChoice{o.info.key, p.key, there, p.base - trip})
 		}
 	}

@@ -30,7 +30,7 @@ func TestChoosePeerRelays(t *testing.T) {
 	}
 	with := func(o peerOffer, change func(*peerOffer)) peerOffer { change(&o); return o }
 	far := func(n byte, base time.Duration, trips map[byte]uint16) farPeer {
-		return farPeer{key: relayKey(n), base: base, trips: tripsAt(trips)}
+		return farPeer{key: relayKey(n), online: true, base: base, trips: tripsAt(trips)}
 	}
 	alone := far(1, 200*ms, nil)
 	for name, x := range map[string]struct {
@@ -218,6 +218,44 @@ func TestPeerRelay(t *testing.T) {
 		}
 		w.wantRelays(w.bob.key, server)
 	})
+}
+
+// A relay in use stays: when the server's relay dies it is the only way, and what is
+// said of the peer after a start of the server, or of the way over the server, may
+// change at any time.
+func TestPeerRelayStays(t *testing.T) {
+	for name, change := range map[string]func(*peerWorld){
+		"without the server's relay": func(w *peerWorld) { w.state("server0", relay.State{}) },
+		"bob is offline for a while": func(w *peerWorld) {
+			w.members(nil, linkPeer{key: w.bob.key, relays: w.bob.relays})
+			w.talk(2 * linkTick)
+			w.members(nil, w.bob)
+		},
+		"the server comes nearer": func(w *peerWorld) { w.up("server0", 15*ms); w.says(map[byte]uint16{'0': 14, '7': 8}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newPeerWorld(t)
+				defer w.end()
+				w.talk(farAfter + linkTick)
+				w.up(carrierName, 12*ms)
+				w.says(map[byte]uint16{'0': 100, '7': 8})
+				w.arrive(carrierName)
+				w.note(func() { w.link = 2 })
+				w.talk(time.Minute)
+				if !w.linked() || !w.names() {
+					t.Fatal("not in use")
+				}
+				change(w)
+				for range 120 {
+					if !w.linked() || !w.names() {
+						t.Fatalf("linked %v, named %v", w.linked(), w.names())
+					}
+					w.talk(time.Second)
+				}
+			})
+		})
+	}
 }
 
 // What is of no use is not even asked for.

@@ -100,16 +100,16 @@ func (l *links) anyPeerLink() bool {
 // enough.
 func (l *links) farPeers(now time.Time) []farPeer {
 	l.mu.Lock()
-	online := make([]linkPeer, 0, len(l.peers))
+	list := make([]linkPeer, 0, len(l.peers))
 	for _, p := range l.peers {
-		if p.online {
-			online = append(online, p)
+		if p.online || now.Before(l.demands[p.key]) {
+			list = append(list, p)
 		}
 	}
 	l.mu.Unlock()
 	seen := map[punch.Key]usage{}
 	var far []farPeer
-	for _, p := range online {
+	for _, p := range list {
 		path, packets := l.cfg.path(p.key)
 		if _, tcp := l.direct(path.Addr); path.Type != punch.Relayed || tcp {
 			continue
@@ -120,7 +120,7 @@ func (l *links) farPeers(now time.Time) []farPeer {
 			l.via.rest(trial{u.relay, p.key}, now)
 			u.mute = time.Time{}
 		}
-		f := farPeer{key: p.key, trips: p.relays, base: l.base(p)}
+		f := farPeer{key: p.key, online: p.online, trips: p.relays, base: l.base(p)}
 		l.mu.Unlock()
 		seen[p.key] = u
 		if now.Sub(u.since) >= farAfter && now.Sub(u.used) < peerIdle {

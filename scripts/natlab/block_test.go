@@ -44,6 +44,9 @@ func TestBlockRounds(t *testing.T) {
 					return err
 				}
 				t.Logf("%+v", r)
+				if r.Fits > 0 && !r.Direct {
+					t.Error("ports fitted, and no path was found")
+				}
 				runs <- r
 			}
 			return nil

@@ -204,9 +204,9 @@ func (e *pairEnd) pathTo(ctx context.Context, other *pairEnd) (overlay.PathStatu
 	return overlay.PathStatus{}, nil
 }
 
-// restart takes both nodes down and, the second one later by skew, up. In between
-// all routers forget what they know, and the counters begin.
-func (p *Pair) restart(ctx context.Context, skew time.Duration) error {
+// stop takes both nodes down, has all routers forget what they know, and the counters
+// begin.
+func (p *Pair) stop(ctx context.Context) error {
 	if err := p.both(func(e *pairEnd) error { _, err := e.run(ctx, "down"); return err }); err != nil {
 		return err
 	}
@@ -216,9 +216,11 @@ func (p *Pair) restart(ctx context.Context, skew time.Duration) error {
 			return err
 		}
 	}
-	if err := p.both(func(e *pairEnd) error { return e.startCounting(ctx) }); err != nil {
-		return err
-	}
+	return p.both(func(e *pairEnd) error { return e.startCounting(ctx) })
+}
+
+// start has both nodes connect, the second after the skew.
+func (p *Pair) start(ctx context.Context, skew time.Duration) error {
 	var g errgroup.Group
 	for i, e := range p.ends {
 		g.Go(func() error {

@@ -44,6 +44,9 @@ const skews = 6
 // Run starts both nodes anew, has one of them send at once, the other one in every
 // other run, and looks until the path is direct, or its bar is long past.
 func (p *Pair) Run(ctx context.Context, number int) (r Run, err error) {
+	if err := p.stop(ctx); err != nil {
+		return r, fmt.Errorf("run %d of %s: %w", number, p.cell.Name(), err)
+	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	var g errgroup.Group
@@ -61,7 +64,7 @@ func (p *Pair) Run(ctx context.Context, number int) (r Run, err error) {
 
 func (p *Pair) measure(ctx context.Context, number int, r *Run) error {
 	skew := p.cell.Skew * time.Duration(number%skews) / (skews - 1)
-	if err := p.restart(ctx, skew); err != nil {
+	if err := p.start(ctx, skew); err != nil {
 		return err
 	}
 	from, to := p.ends[number%2], p.ends[1-number%2]

@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -24,10 +25,16 @@ type figure struct {
 	Seconds []float64 `json:"seconds"`
 }
 
-// figures collects the durations of one test, in the order of their cells.
-type figures struct{ list []*figure }
+// figures collects the durations of one test, in the order of their cells. Several
+// of them may add at the same time.
+type figures struct {
+	mu   sync.Mutex
+	list []*figure
+}
 
 func (f *figures) add(cell, what string, d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	i := slices.IndexFunc(f.list, func(g *figure) bool { return g.Cell == cell && g.What == what })
 	if i < 0 {
 		i = len(f.list)

@@ -99,9 +99,13 @@ func (f *figures) save(t *testing.T) {
 	}
 }
 
-// atMost holds a figure against the bar of the issue; zero is no bar.
+// atMost holds a figure against the bar of the issue; zero is no bar. What was never
+// measured reaches none.
 func (g *figure) atMost(t *testing.T, median, worst time.Duration) {
 	t.Helper()
+	if len(g.Seconds) == 0 {
+		t.Errorf("%s of %s was never measured", g.What, g.Cell)
+	}
 	if median > 0 && g.Median > median.Seconds() {
 		t.Errorf("%s of %s: median %.3f s of %d runs is over %v", g.What, g.Cell, g.Median, len(g.Seconds), median)
 	}

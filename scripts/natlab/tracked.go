@@ -73,9 +73,7 @@ func (c Cell) Limit() Tracked {
 	return l
 }
 
-// guessed says that the ports of a place can only be guessed.
-func (p Place) guessed() bool { return p.NAT.guessed() || p.Carrier.guessed() }
-
+// guessed says that the ports of a router can only be guessed.
 func (n NAT) guessed() bool {
 	return slices.Contains([]NAT{Sequential, SequentialDown, Random, Block512, Block, Block2048, AddressMapped, RandomOpen, Stride}, n)
 }

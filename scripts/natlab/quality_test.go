@@ -117,6 +117,7 @@ func blackHole(t *testing.T, all *figures, args []string) {
 	transfer(t, b.Host, a.Host, a.addr, size)
 	t.Logf("%d MB back after %v", size>>20, time.Since(began))
 	transfer(t, a.Host, b.Host, b.status(t).Self.IPv6, size)
+	time.Sleep(hole + holeBar + 2*time.Second - ping.now())
 	// A ping may share a message with others that is too long until the hole is found.
 	if some := sentBetween(ping.stop(t), hole+holeBar, ping.now()-inFlight); lostShare(t, some) > 0.05 {
 		t.Errorf("%d of %d pings lost after the hole was found", lost(some), len(some))

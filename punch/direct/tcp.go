@@ -165,7 +165,8 @@ func (d *dialing) run(ctx context.Context) (net.Conn, error) {
 			return err
 		}
 	})
-	return conn, g.Wait()
+	err = g.Wait() // first: whether conn is read before or after is not specified
+	return conn, err
 }
 
 // discover lists where the peer may reach this port.

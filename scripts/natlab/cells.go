@@ -154,7 +154,7 @@ func hardCells() []Cell {
 		{Group: "sequential", One: at(Sequential), Two: at(Masquerade), Churn: cellChurn, Bar: within(5*time.Second, 0.95), Short: true},
 		{Group: "sequential", One: at(SequentialDown), Two: at(OtherPort), Churn: cellChurn, Bar: within(5*time.Second, 0.95)},
 		{Group: "sequential", One: at(Sequential), Two: at(Sequential), Churn: cellChurn, Bar: within(5*time.Second, 0.95)},
-		{Group: "random", One: at(Random), Two: at(Masquerade), Bar: within(12*time.Second, 0.95)},
+		{Group: "random", One: at(Random), Two: at(Masquerade), Bar: within(12*time.Second, 0.95), Short: true},
 		{Group: "block", One: at(Block512), Two: at(Masquerade), Bar: within(4*time.Second, 0.99)},
 		{Group: "block", One: at(Block), Two: at(Masquerade), Bar: within(4*time.Second, 0.99), Short: true},
 		{Group: "block", One: at(Block2048), Two: at(OtherPort), Bar: within(4*time.Second, 0.99)},

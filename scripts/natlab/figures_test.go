@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -24,10 +25,16 @@ type figure struct {
 	Seconds []float64 `json:"seconds"`
 }
 
-// figures collects the durations of one test, in the order of their cells.
-type figures struct{ list []*figure }
+// figures collects the durations of one test, in the order of their cells. Several
+// of them may add at the same time.
+type figures struct {
+	mu   sync.Mutex
+	list []*figure
+}
 
 func (f *figures) add(cell, what string, d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	i := slices.IndexFunc(f.list, func(g *figure) bool { return g.Cell == cell && g.What == what })
 	if i < 0 {
 		i = len(f.list)
@@ -92,9 +99,13 @@ func (f *figures) save(t *testing.T) {
 	}
 }
 
-// atMost holds a figure against the bar of the issue; zero is no bar.
+// atMost holds a figure against the bar of the issue; zero is no bar. What was never
+// measured reaches none.
 func (g *figure) atMost(t *testing.T, median, worst time.Duration) {
 	t.Helper()
+	if len(g.Seconds) == 0 {
+		t.Errorf("%s of %s was never measured", g.What, g.Cell)
+	}
 	if median > 0 && g.Median > median.Seconds() {
 		t.Errorf("%s of %s: median %.3f s of %d runs is over %v", g.What, g.Cell, g.Median, len(g.Seconds), median)
 	}

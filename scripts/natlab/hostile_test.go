@@ -94,6 +94,9 @@ func keepsUDP(t *testing.T, f *flood, a, b *member) float64 {
 	queue, inner := queueDrops(t, a), innerDrops(t, b)
 	f.attack(t, func(d time.Duration) { got = iperf(t, a.Host, b.addr, d, append(args, fmt.Sprintf("%.0f", half))...) })
 	queue, inner = queueDrops(t, a)-queue, innerDrops(t, b)-inner
+	if got.End.Sum.Packets <= float64(queue) {
+		t.Fatalf("nothing of %.0f packets was sent, %d were dropped before", got.End.Sum.Packets, queue)
+	}
 	kept := (got.delivered() + float64(inner)) / (got.End.Sum.Packets - float64(queue))
 	t.Logf("UDP at %.0f Mbit/s, half of its maximum: %.2f %% went through, %.2f %% arrived; dropped before %d, behind %d of %.0f",
 		half/1e6, 100*kept, 100*got.delivered()/got.End.Sum.Packets, queue, inner, got.End.Sum.Packets)
@@ -110,6 +113,9 @@ func keepsTCP(t *testing.T, f *flood, a, b *member) float64 {
 	f.attack(t, func(d time.Duration) {
 		got = iperf(t, a.Host, b.addr, d-time.Second, "-O", "1", "-b", fmt.Sprintf("%.0f", half))
 	})
+	if half == 0 {
+		t.Fatal("nothing arrived beside the flood")
+	}
 	kept := got.End.SumReceived.BitsPerSecond / half
 	t.Logf("TCP at %.2f Gbit/s, half of its maximum: %.2f %% arrived", half/gigabit, 100*kept)
 	return kept

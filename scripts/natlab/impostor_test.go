@@ -249,6 +249,9 @@ func (i *impostor) open(s *coord.Signal) []byte {
 	return nil
 }
 
+// refusalWait is how long a busy server may take to refuse a record.
+const refusalWait = 5 * time.Second
+
 // publish hands a record to the server, and returns its refusal; nil: there is none.
 func (i *impostor) publish(t *testing.T, candidates []trust.Endpoint, tokens ...[]byte) *coord.Error {
 	t.Helper()
@@ -259,13 +262,16 @@ func (i *impostor) publish(t *testing.T, candidates []trust.Endpoint, tokens ...
 	if err != nil {
 		t.Fatal(err)
 	}
+	for len(i.refusals) > 0 { // of what came before
+		<-i.refusals
+	}
 	if err := i.stream.Publish(coord.Publish{Record: doc, Tokens: tokens}); err != nil {
 		t.Fatal(err)
 	}
 	select {
 	case e := <-i.refusals:
 		return e
-	case <-time.After(time.Second):
+	case <-time.After(refusalWait):
 		return nil
 	}
 }

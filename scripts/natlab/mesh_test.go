@@ -250,7 +250,8 @@ func awaitDirect(ctx context.Context, a, b *member) (time.Duration, error) {
 		took[1], err = b.await(ctx, directWait, directTo(a.nodeName))
 		return err
 	})
-	return max(took[0], took[1]), g.Wait()
+	err := g.Wait()
+	return max(took[0], took[1]), err
 }
 
 func mustDirect(t *testing.T, a, b *member) {

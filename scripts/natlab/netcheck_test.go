@@ -84,20 +84,11 @@ func said(b *bool) string {
 func TestNetcheckHairpin(t *testing.T) {
 	m := newMesh(t)
 	for nat, want := range map[NAT]string{Hairpin: "yes", Masquerade: "no", FullCone: "no"} {
-		c := m.checked(t, string(nat), m.homeOf(t, nat))
+		c := m.checked(t, string(nat), mustHome(t, m.Lab, "home-"+string(nat), nat))
 		if got := said(c.NAT.Hairpin); got != want || c.NAT.Mapping != "endpoint-independent" {
 			t.Errorf("%s: hairpin %q, want %q: %+v", nat, got, want, c.NAT)
 		}
 	}
-}
-
-func (m *mesh) homeOf(t *testing.T, nat NAT) *Home {
-	t.Helper()
-	h, err := m.Home(t.Context(), "home-"+string(nat), nat)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return h
 }
 
 // TestNetcheckMTU measures a line that carries less than the LAN, and says nothing.
@@ -108,7 +99,7 @@ func TestNetcheckMTU(t *testing.T) {
 	}
 	m := newMesh(t)
 	for nat, want := range map[NAT]int{SmallMTU: smallMTU, Masquerade: 1500} {
-		c := m.checked(t, string(nat), m.homeOf(t, nat))
+		c := m.checked(t, string(nat), mustHome(t, m.Lab, "home-"+string(nat), nat))
 		if c.MTU == nil || *c.MTU != want || c.LinkMTU == nil || *c.LinkMTU != 1500 {
 			t.Errorf("%s: mtu %v, of the link %v; want %d", nat, c.MTU, c.LinkMTU, want)
 		}
@@ -130,7 +121,7 @@ func TestNetcheckFiltering(t *testing.T) {
 	list = list[:runs(1, len(list))]
 	var nodes []*member
 	for _, x := range list {
-		n := m.join(t, mustLaptop(t, m.homeOf(t, x.nat), string(x.nat)))
+		n := m.join(t, mustLaptop(t, mustHome(t, m.Lab, "home-"+string(x.nat), x.nat), string(x.nat)))
 		if c := n.netcheck(t); c.NAT.Filtering != x.alone {
 			t.Errorf("%s, one server: %q, want %q", x.nat, c.NAT.Filtering, x.alone)
 		}

@@ -80,6 +80,11 @@ func (o Outcome) Via() (all []string) {
 // Reached says that the runs reach the bar, and left no more in the routers than
 // may be. A run that is direct too late counts as none.
 func (o Outcome) Reached() bool {
+	return o.reached(o.Cell.Bar.Share * float64(len(o.Runs)))
+}
+
+// reached is Reached where so many runs have to be direct in time.
+func (o Outcome) reached(least float64) bool {
 	bar := o.Cell.Bar
 	if o.Excess() != "" {
 		return false
@@ -89,7 +94,7 @@ func (o Outcome) Reached() bool {
 	}
 	inTime := o.count(func(r Run) bool { return r.Direct && r.After <= bar.Worst })
 	median, _ := o.After()
-	return float64(inTime) >= bar.Share*float64(len(o.Runs)) && o.Connected() == len(o.Runs) && (bar.Median == 0 || median <= bar.Median)
+	return float64(inTime) >= least && o.Connected() == len(o.Runs) && (bar.Median == 0 || median <= bar.Median)
 }
 
 // middle is the median, the lower of two, and the greatest.

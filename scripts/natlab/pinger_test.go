@@ -157,6 +157,15 @@ func lost(echoes []echo) int {
 	return count
 }
 
+// lostShare is their share of the requests, of which there have to be some.
+func lostShare(t *testing.T, echoes []echo) float64 {
+	t.Helper()
+	if len(echoes) == 0 {
+		t.Fatal("no ping was sent: this proves nothing")
+	}
+	return float64(lost(echoes)) / float64(len(echoes))
+}
+
 // longestGap is the longest time between two replies, or from the last one to
 // the last request.
 func longestGap(echoes []echo) time.Duration {

@@ -1,12 +1,16 @@
 package natlab
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"overlay/overlay"
@@ -19,6 +23,9 @@ const (
 	stayRelayed = 5 * time.Second
 )
 
+// String tells kinds apart.
+func (m PortMapping) String() string { return string(m) }
+
 func mappings() []PortMapping { return []PortMapping{MapPCP, MapNATPMP, MapUPnP1, MapUPnP2} }
 
 // TestPortMapping has a laptop whose router gives every flow another port, and
@@ -27,11 +34,9 @@ func mappings() []PortMapping { return []PortMapping{MapPCP, MapNATPMP, MapUPnP1
 func TestPortMapping(t *testing.T) {
 	needLab(t)
 	var all figures
-	for _, kind := range mappings() {
-		t.Run(string(kind), func(t *testing.T) { mappingCell(t, &all, kind) })
-	}
+	aside(t, mappings(), PortMapping.String, func(t *testing.T, kind PortMapping) { mappingCell(t, &all, kind) })
 	all.report(t)
-	all.of(whatDirect).atMost(t, 0, mappedWorst)
+	all.of(whatDirect).atMost(t, 0, slack(mappedWorst))
 }
 
 func mustHardHome(t *testing.T, l *Lab, name string, kind PortMapping, carrier *Home) *Home {
@@ -96,10 +101,7 @@ func TestMappedBehindOneCarrier(t *testing.T) {
 	for _, kind := range []PortMapping{MapPCP, MapShared} {
 		t.Run(string(kind), func(t *testing.T) {
 			m := newMesh(t)
-			carrier, err := m.Carrier(t.Context(), "carrier", Masquerade)
-			if err != nil {
-				t.Fatal(err)
-			}
+			carrier := mustCarrier(t, m.Lab, "carrier", Masquerade)
 			r := &race{t: t, all: &all, cell: "one carrier, " + string(kind)}
 			r.a, r.b = m.hardMembers(t, kind, kind, carrier)
 			for i := range runs(shortRuns, fullRuns) {
@@ -268,24 +270,80 @@ func TestBothMap(t *testing.T) {
 	}
 }
 
-// TestDownWhileMapping takes a node down while its router is being asked for a
-// port, at one moment after another: nothing stays mapped.
+// TestDownWhileMapping takes a node down while its router is being asked for a port,
+// at one moment after another: nothing stays mapped.
 func TestDownWhileMapping(t *testing.T) {
 	needLab(t)
-	for _, kind := range []PortMapping{MapPCP, MapNATPMP, MapUPnP2} {
-		t.Run(string(kind), func(t *testing.T) {
-			m := newMesh(t)
-			a := m.join(t, mustLaptop(t, mustHardHome(t, m.Lab, "home-a", kind, nil), "a"))
-			for i := range runs(4, 40) {
-				if err := a.down(t.Context()); err != nil {
-					t.Fatal(err)
-				}
-				wantMapped(t, a.home, 0)
-				if err := a.up(t.Context()); err != nil {
-					t.Fatal(err)
-				}
-				time.Sleep(time.Duration(i%20) * 5 * time.Millisecond)
+	kinds := []PortMapping{MapPCP, MapNATPMP, MapUPnP2}
+	aside(t, kinds, PortMapping.String, func(t *testing.T, kind PortMapping) {
+		m := newMesh(t)
+		a := m.join(t, mustLaptop(t, mustHardHome(t, m.Lab, "home-a", kind, nil), "a"))
+		count := runs(2, 40)
+		for i := range count {
+			part := func(of time.Duration) time.Duration { return time.Duration(i) * of / time.Duration(count) }
+			a.downMapped(t)
+			if kind != MapUPnP2 { // whose answers look like others
+				a.downUnanswered(t, part(400*time.Millisecond))
 			}
-		})
+			if err := a.up(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(part(100 * time.Millisecond))
+		}
+		a.downMapped(t)
+	})
+}
+
+// downMapped takes a node down and wants nothing of it mapped, also a little later.
+func (n *member) downMapped(t *testing.T) {
+	t.Helper()
+	if err := n.down(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantMapped(t, n.home, 0)
+	time.Sleep(500 * time.Millisecond)
+	wantMapped(t, n.home, 0)
+}
+
+// muteRules drop the answers of PCP and of NAT-PMP that say that a port is mapped,
+// told by their lengths.
+const muteRules = `nft -f - <<'RULES'
+table inet mute {
+	chain out { type filter hook output priority 0; udp sport 5351 udp length { 24, 68 } counter drop; }
+}
+RULES`
+
+// downUnanswered takes a node down whose router has mapped its port, but has not said
+// so; what it says passes so long after the down began.
+func (n *member) downUnanswered(t *testing.T, moment time.Duration) {
+	t.Helper()
+	var mute, unmute script
+	mute.add(muteRules)
+	unmute.add("nft delete table inet mute")
+	own := n.state() + "/overlay.log"
+	before, err := os.ReadFile(own)
+	if err := errors.Join(err, n.home.sh(t.Context(), mute), n.up(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	for start := time.Now(); ; time.Sleep(statusPoll) {
+		list, err := n.home.MappedPorts(t.Context())
+		if err == nil && len(list) == 1 {
+			break
+		}
+		if err != nil || time.Since(start) > directWait {
+			t.Fatalf("the router has mapped %q, %v", list, err)
+		}
+	}
+	if after, err := os.ReadFile(own); err != nil || bytes.Contains(after[min(len(before), len(after)):], []byte("ports mapped")) {
+		t.Errorf("the node has its answer already, %v: this proves nothing", err)
+	}
+	var g errgroup.Group
+	g.Go(func() error {
+		time.Sleep(moment)
+		return n.home.sh(t.Context(), unmute)
+	})
+	n.downMapped(t)
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
 	}
 }

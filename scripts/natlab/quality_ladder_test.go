@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -58,15 +57,16 @@ func rungs() []rung {
 }
 
 // TestQualityLadder has two laptops start and meet while the line of one of them is
-// bad, the one's and the other's in turn.
+// bad, the one's and the other's in turn, beginning with another on every rung.
 func TestQualityLadder(t *testing.T) {
 	needLab(t)
+	list, err := chosenRungs(os.Getenv(envRungs), testing.Short())
+	if err != nil {
+		t.Fatal(err)
+	}
 	l := newQualityLadder(t)
-	for n, r := range rungs() {
-		if !l.wants(t, n) {
-			continue
-		}
-		t.Run(fmt.Sprintf("%d %s", n, r.name), func(t *testing.T) {
+	for _, n := range list {
+		t.Run(fmt.Sprintf("%d %s", n, rungs()[n].name), func(t *testing.T) {
 			for i := range runs(1, 6) {
 				l.climb(t, n, i)
 			}
@@ -75,14 +75,38 @@ func TestQualityLadder(t *testing.T) {
 	l.all.report(t)
 }
 
-// wants says that a rung was chosen; the short form has three of them.
-func (l *qualityLadder) wants(t *testing.T, n int) bool {
-	t.Helper()
-	list := os.Getenv(envRungs)
-	if list == "" {
-		return !testing.Short() || slices.Contains([]int{7}, n)
+// chosenRungs are those of a list, or all; the short form has one.
+func chosenRungs(list string, short bool) (numbers []int, err error) {
+	switch {
+	case list == "" && short:
+		list = "7"
+	case list == "":
+		list = "0,1,2,3,4,5,6,7,8"
 	}
-	return slices.Contains(strings.Split(list, ","), strconv.Itoa(n))
+	for text := range strings.SplitSeq(list, ",") {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 0 || n >= len(rungs()) {
+			return nil, fmt.Errorf("%s: there is no rung %q", envRungs, text)
+		}
+		numbers = append(numbers, n)
+	}
+	return numbers, nil
+}
+
+func TestChosenRungs(t *testing.T) {
+	for list, want := range map[string]int{"": len(rungs()), "7": 1, "0,8": 2} {
+		if got, err := chosenRungs(list, false); err != nil || len(got) != want {
+			t.Errorf("%q: %v, %v", list, got, err)
+		}
+	}
+	if got, err := chosenRungs("", true); err != nil || len(got) != 1 {
+		t.Errorf("short: %v, %v", got, err)
+	}
+	for _, list := range []string{"9", "-1", "x", "1,", "1,9"} {
+		if got, err := chosenRungs(list, false); err == nil {
+			t.Errorf("%q: %v", list, got)
+		}
+	}
 }
 
 // qualityLadder is a mesh of two whose homes hang on lines of their own.
@@ -107,7 +131,7 @@ func newQualityLadder(t *testing.T) *qualityLadder {
 
 func (l *qualityLadder) climb(t *testing.T, number, run int) {
 	t.Helper()
-	r, bad := rungs()[number], run%2
+	r, bad := rungs()[number], (number+run)%2
 	cell := fmt.Sprintf("rung %d, %s", number, r.name)
 	l.restart(t)
 	line := r.line
@@ -126,13 +150,14 @@ func (l *qualityLadder) climb(t *testing.T, number, run int) {
 	reply += up
 	if err != nil {
 		t.Errorf("run %d: not connected within %v", run, r.limit(number))
+	} else {
+		l.all.add(cell, whatReply, reply)
 	}
 	direct, ok := l.direct(ctx, begin)
 	shares := l.look(t)
 	some := sentBetween(ping.stop(t), ping.now()-rungLook, ping.now()-2*time.Second)
 	t.Logf("run %d, line of %s: up %v, reply %v, direct %v %v, then in %.0f and %.0f %% of the time, %d of %d pings lost", run, l.ends[bad].nodeName,
 		up.Round(time.Millisecond), reply.Round(time.Millisecond), ok, direct.Round(time.Millisecond), 100*shares[0], 100*shares[1], lost(some), len(some))
-	l.all.add(cell, whatReply, reply)
 	if ok {
 		l.all.add(cell, whatDirect, direct)
 	} else if !r.relay {

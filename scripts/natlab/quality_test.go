@@ -58,7 +58,7 @@ func TestBadLinesAreWhatTheyClaim(t *testing.T) {
 		ping := startPing(t, l, server.Addr(), quickPing)
 		time.Sleep(3 * time.Second)
 		echoes := ping.stop(t)
-		share := float64(lost(echoes)) / float64(len(echoes))
+		share := lostShare(t, echoes)
 		if want := float64(1-i) * (1 - 0.7*0.7); share < want-0.15 || share > want+0.15 {
 			t.Errorf("%s loses %.2f of pings, want %.2f", l.Name(), share, want)
 		}
@@ -117,8 +117,9 @@ func blackHole(t *testing.T, all *figures, args []string) {
 	transfer(t, b.Host, a.Host, a.addr, size)
 	t.Logf("%d MB back after %v", size>>20, time.Since(began))
 	transfer(t, a.Host, b.Host, b.status(t).Self.IPv6, size)
+	time.Sleep(hole + holeBar + 2*time.Second - ping.now())
 	// A ping may share a message with others that is too long until the hole is found.
-	if some := sentBetween(ping.stop(t), hole+holeBar, ping.now()-inFlight); lost(some) > len(some)/20 {
+	if some := sentBetween(ping.stop(t), hole+holeBar, ping.now()-inFlight); lostShare(t, some) > 0.05 {
 		t.Errorf("%d of %d pings lost after the hole was found", lost(some), len(some))
 	}
 	mustDirect(t, a, b)
@@ -133,7 +134,7 @@ func blackHole(t *testing.T, all *figures, args []string) {
 func TestBadDirect(t *testing.T) {
 	needLab(t)
 	if testing.Short() {
-		t.Skip("punch/nattest has the short form")
+		t.Skip("punch/nattest has the short form, of the same name")
 	}
 	m, a, b := mix{Masquerade, Masquerade, false}.pair(t, Options{})
 	mustDirect(t, a, b)
@@ -155,7 +156,7 @@ func TestBadDirect(t *testing.T) {
 	if !strings.Contains(reason, "the direct path loses") {
 		t.Errorf("reason in status: %q", reason)
 	}
-	time.Sleep(time.Duration(runs(10, 60)) * time.Second)
+	time.Sleep(time.Minute)
 	if !relayedTo(b.nodeName)(a.status(t)) || !relayedTo(a.nodeName)(b.status(t)) {
 		t.Error("back on the direct path, which is bad")
 	}
@@ -173,11 +174,11 @@ func TestBadDirect(t *testing.T) {
 	}
 	t.Logf("moved after %v: %s; pings lost: before %s, until moved %s, on the relay %s, after the return in %v %s",
 		took, reason, part(0, bad), part(bad, moved), part(moved, well), back, part(again, again+5*time.Second))
-	if n := lost(sentBetween(echoes, moved+time.Second, well)); n > 0 {
-		t.Errorf("%d pings lost over the relay", n)
+	if share := lostShare(t, sentBetween(echoes, moved+time.Second, well)); share > 0 {
+		t.Errorf("%.3f of the pings lost over the relay", share)
 	}
-	if n := lost(sentBetween(echoes, again, again+5*time.Second-inFlight)); n > 0 {
-		t.Errorf("%d pings lost after the return", n)
+	if share := lostShare(t, sentBetween(echoes, again, again+5*time.Second-inFlight)); share > 0 {
+		t.Errorf("%.3f of the pings lost after the return", share)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 )
@@ -149,14 +150,10 @@ func TestLinkDown(t *testing.T) {
 func TestRouterReboots(t *testing.T) {
 	needLab(t)
 	var all figures
-	for _, kind := range kinds() {
-		if kind == Public || testing.Short() && kind == FullCone {
-			continue
-		}
-		t.Run(string(kind), func(t *testing.T) { routerReboots(t, &all, kind) })
-	}
+	list := slices.DeleteFunc(kinds(), func(kind NAT) bool { return kind == Public || testing.Short() && kind == FullCone })
+	aside(t, list, func(kind NAT) string { return string(kind) }, func(t *testing.T, kind NAT) { routerReboots(t, &all, kind) })
 	all.report(t)
-	all.of(whatGap).atMost(t, moveMedian, moveWorst)
+	all.of(whatGap).atMost(t, slack(moveMedian), slack(moveWorst))
 }
 
 func routerReboots(t *testing.T, all *figures, kind NAT) {

@@ -50,7 +50,7 @@ func (p *Pair) Run(ctx context.Context, number int) (r Run, err error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	var g errgroup.Group
-	g.Go(func() error { p.watchRouters(ctx, &r); return nil })
+	g.Go(func() error { return p.watchRouters(ctx, &r) })
 	g.Go(func() error { return p.churn(ctx) })
 	g.Go(func() error {
 		defer stop()

@@ -1,6 +1,7 @@
 package natlab
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -19,19 +20,21 @@ import (
 type Tracked struct {
 	// All are the flows, Search those of them by which the two nodes look for each
 	// other: neither with a server or the Internet's core nor with the router itself,
-	// and not those of strangers. Ports are the outer ports that these leave from.
+	// and not those of strangers. Ports are the outer ports that these leave from, and
+	// Aimed is at how many ports of one address they are aimed.
 	All    int `json:"all"`
 	Search int `json:"search"`
 	Ports  int `json:"ports"`
+	Aimed  int `json:"aimed"`
 }
 
 func (t Tracked) most(u Tracked) Tracked {
-	return Tracked{All: max(t.All, u.All), Search: max(t.Search, u.Search), Ports: max(t.Ports, u.Ports)}
+	return Tracked{All: max(t.All, u.All), Search: max(t.Search, u.Search), Ports: max(t.Ports, u.Ports), Aimed: max(t.Aimed, u.Aimed)}
 }
 
 // within says that nothing is more than in the limit.
 func (t Tracked) within(limit Tracked) bool {
-	return t.Search <= limit.Search && t.Ports <= limit.Ports
+	return t.Search <= limit.Search && t.Ports <= limit.Ports && t.Aimed <= limit.Aimed
 }
 
 // The limits of a hard round: packets, each of which may make a flow, and sockets.
@@ -45,24 +48,32 @@ const (
 // Limit is what looking for each other may leave in a router's table: one flow for
 // each candidate of the peer, from one port, the same the other way round where the
 // router takes in what comes unasked, and what a hard round may, where there is one:
-// half of the block of ports where the ports are from one. A node makes one round in
-// a minute, so no run has two.
+// of a block of ports half, both of the own ones and of those that are aimed at. A
+// node makes one round in a minute, so no run has two.
 func (c Cell) Limit() Tracked {
-	l := Tracked{Search: 2 * (punch.MaxCandidates + lawTCP), Ports: 1 + lawTCP}
-	places := []Place{c.One, c.Two}
-	if slices.ContainsFunc(places, Place.guessed) {
+	const named = punch.MaxCandidates + lawTCP
+	l := Tracked{Search: 2 * named, Ports: 1 + lawTCP, Aimed: named}
+	aimed, sockets := 0, 0
+	for _, n := range []NAT{c.One.NAT, c.One.Carrier, c.Two.NAT, c.Two.Carrier} {
+		switch half := n.block() / 2; {
+		case half > 0:
+			aimed, sockets = max(aimed, half), max(sockets, lawSockets, half)
+		case n.guessed():
+			aimed, sockets = max(aimed, lawPackets), max(sockets, lawSockets)
+		}
+	}
+	if sockets > 0 { // and every candidate is reached from a port of its own
 		l.Search += lawPackets
-		l.Ports += lawSockets
+		l.Ports += punch.MaxCandidates + sockets
+		l.Aimed += aimed
 	}
 	if c.Together != "" { // both nodes are behind one router
-		l.Search, l.Ports = 2*l.Search, 2*l.Ports
+		l.Search, l.Ports, l.Aimed = 2*l.Search, 2*l.Ports, 2*l.Aimed
 	}
 	return l
 }
 
-// guessed says that the ports of a place can only be guessed.
-func (p Place) guessed() bool { return p.NAT.guessed() || p.Carrier.guessed() }
-
+// guessed says that the ports of a router can only be guessed.
 func (n NAT) guessed() bool {
 	return slices.Contains([]NAT{Sequential, SequentialDown, Random, Block512, Block, Block2048, AddressMapped, RandomOpen, Stride}, n)
 }
@@ -70,29 +81,24 @@ func (n NAT) guessed() bool {
 // block is how many ports a router gives out; 0: it has no block.
 func (n NAT) block() int { return map[NAT]int{Block512: 512, Block: 1024, Block2048: 2048}[n] }
 
-// limit is the cell's for one router.
-func (p *Pair) limit(r *Home) Tracked {
-	l := p.cell.Limit()
-	if size := r.nat.block(); size > 0 {
-		l.Ports = min(l.Ports, 1+size/2)
-	}
-	return l
-}
-
-// watchRouters looks at the tables of all routers until the context ends.
-func (p *Pair) watchRouters(ctx context.Context, run *Run) {
+// watchRouters looks at the tables of all routers until the context ends. A router
+// that cannot tell now is asked again soon, one that never could is an error: nothing
+// seen would be within every limit.
+func (p *Pair) watchRouters(ctx context.Context, run *Run) error {
 	const pace = 50 * time.Millisecond
+	limit, looks, failed := p.cell.Limit(), make([]int, len(p.routers)), make([]error, len(p.routers))
 	for ctx.Err() == nil {
 		var searches [][]trackedFlow
-		for _, r := range p.routers {
-			// A router that cannot tell now is asked again soon.
+		for i, r := range p.routers {
 			t, search, err := r.tracked(p.strangers)
 			if err != nil {
+				failed[i] = err
 				continue
 			}
+			looks[i]++
 			searches = append(searches, search)
 			run.Routers = run.Routers.most(t)
-			if limit := p.limit(r); run.Excess == "" && !t.within(limit) {
+			if run.Excess == "" && !t.within(limit) {
 				run.Excess = fmt.Sprintf("router %s has %+v in its table, the limit is %+v", r.name, t, limit)
 			}
 		}
@@ -103,6 +109,10 @@ func (p *Pair) watchRouters(ctx context.Context, run *Run) {
 		}
 		time.Sleep(pace)
 	}
+	if i := slices.Index(looks, 0); i >= 0 {
+		return fmt.Errorf("the table of router %s was never read: %w", p.routers[i].name, cmp.Or(failed[i], ctx.Err()))
+	}
+	return nil
 }
 
 // trackedFlow is a flow in a router's table: who began it with whom, and where it
@@ -134,7 +144,8 @@ func (h *Home) tracked(strangers []*Host) (t Tracked, search []trackedFlow, err 
 	if err != nil {
 		return t, nil, err
 	}
-	ports := map[netip.AddrPort]bool{}
+	ports, aimed := map[netip.AddrPort]bool{}, map[netip.AddrPort]bool{}
+	at := map[netip.Addr]int{}
 	t.All = len(flows)
 	for _, f := range flows {
 		to := f.to.Addr()
@@ -145,6 +156,11 @@ func (h *Home) tracked(strangers []*Host) (t Tracked, search []trackedFlow, err 
 		search = append(search, f)
 		if f.outside.Addr() == h.WAN() {
 			ports[f.outside] = true
+		}
+		if to != h.WAN() && !aimed[f.to] { // what comes in unasked goes there
+			aimed[f.to] = true
+			at[to]++
+			t.Aimed = max(t.Aimed, at[to])
 		}
 	}
 	t.Search, t.Ports = len(search), len(ports)

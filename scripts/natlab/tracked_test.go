@@ -1,10 +1,14 @@
 package natlab
 
 import (
+	"context"
 	"net"
 	"net/netip"
-	"os"
+	"strings"
 	"testing"
+	"time"
+
+	"overlay/punch"
 )
 
 // TestTrackedCounts has a laptop send to strangers and to servers, from one socket
@@ -30,8 +34,36 @@ func TestTrackedCounts(t *testing.T) {
 		if nat != Masquerade {
 			ports = sockets * peers
 		}
-		if got.Search != sockets*peers || got.Ports != ports || got.All < got.Search+sockets+peers {
-			t.Errorf("%s: %+v, want %d flows from %d ports", nat, got, sockets*peers, ports)
+		if got.Search != sockets*peers || got.Ports != ports || got.Aimed != peers || got.All < got.Search+sockets+peers {
+			t.Errorf("%s: %+v, want %d flows from %d ports to %d", nat, got, sockets*peers, ports, peers)
+		}
+	}
+}
+
+// TestUnreadRouter has a router whose table cannot be read, of a run that could say
+// that it left nothing there.
+func TestUnreadRouter(t *testing.T) {
+	p := &Pair{routers: []*Home{{node: &node{name: "home"}}}}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := p.watchRouters(ctx, &Run{}); err == nil || !strings.Contains(err.Error(), "home was never read") {
+		t.Error(err)
+	}
+}
+
+func TestLimit(t *testing.T) {
+	const named = punch.MaxCandidates + lawTCP
+	for _, c := range []struct {
+		cell Cell
+		want Tracked
+	}{
+		{Cell{One: at(Masquerade), Two: at(OpenInput)}, Tracked{Search: 2 * named, Ports: 5, Aimed: named}},
+		{Cell{One: at(Random), Two: at(Masquerade)}, Tracked{Search: 2*named + 1200, Ports: 5 + 16 + 256, Aimed: named + 1200}},
+		{Cell{One: at(Block512), Two: at(Masquerade)}, Tracked{Search: 2*named + 1200, Ports: 5 + 16 + 256, Aimed: named + 256}},
+		{Cell{One: Place{NAT: Masquerade, Carrier: Block}, Two: at(Masquerade)}, Tracked{Search: 2*named + 1200, Ports: 5 + 16 + 512, Aimed: named + 512}},
+	} {
+		if got := c.cell.Limit(); got != c.want {
+			t.Errorf("%s: %+v, want %+v", c.cell.Name(), got, c.want)
 		}
 	}
 }
@@ -54,40 +86,6 @@ func mustSend(t *testing.T, from *Host, to netip.AddrPort, count int) {
 	})
 	if err != nil {
 		t.Fatal(err)
-	}
-}
-
-// TestRouterState counts what hard rounds leave in the routers, whatever becomes of
-// the rounds. TestNATLadder does it for the other cells.
-func TestRouterState(t *testing.T) {
-	needLab(t)
-	for _, c := range Cells() {
-		hard := c.One.guessed() || c.Two.guessed()
-		short := c.Group == "random" || c.Group == "block" && c.One.NAT == Block
-		if !hard || testing.Short() && !short {
-			continue
-		}
-		t.Run(c.Name(), func(t *testing.T) {
-			p, err := c.Build(t.Context(), Options{Log: quiet(), Binary: os.Getenv(envBinary)})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer func() {
-				if err := p.Close(); err != nil {
-					t.Error(err)
-				}
-			}()
-			for i := range runs(1, 3) {
-				r, err := p.Run(t.Context(), i)
-				if err != nil {
-					t.Fatal(err)
-				}
-				t.Logf("run %d: %+v", i, r)
-				if r.Excess != "" {
-					t.Error(r.Excess)
-				}
-			}
-		})
 	}
 }
 

@@ -33,17 +33,26 @@ func (h *Home) randomize(t *testing.T) {
 // why asks a node until it names a cause, and gives the text as well.
 func (n *member) why(t *testing.T, peer *member, cause string) (overlay.Why, string) {
 	t.Helper()
-	var w overlay.Why
-	for end := time.Now().Add(whySettle); ; time.Sleep(whyPoll) {
+	return n.whyUntil(t, peer, whySettle, func(w overlay.Why) bool { return strings.Contains(w.Verdict, cause) })
+}
+
+// whyUntil asks a node until that says enough.
+func (n *member) whyUntil(t *testing.T, peer *member, limit time.Duration, enough func(overlay.Why) bool) (w overlay.Why, text string) {
+	t.Helper()
+	for end := time.Now().Add(limit); ; time.Sleep(whyPoll) {
 		out, err := n.run(t.Context(), "why", peer.nodeName, "--json")
 		if err != nil {
 			t.Fatal(err)
 		}
+		w = overlay.Why{}
 		if err := json.Unmarshal([]byte(out), &w); err != nil || w.Schema != 1 {
 			t.Fatalf("%v: %s", err, out)
 		}
-		if strings.Contains(w.Verdict, cause) || time.Now().After(end) {
+		if enough(w) {
 			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("after %v %s says of %s no more than %s", limit, n.nodeName, peer.nodeName, out)
 		}
 	}
 	text, err := n.run(t.Context(), "why", peer.nodeName)
@@ -99,56 +108,58 @@ func (c cause) must(t *testing.T, n, peer *member) {
 // sides, and what would help; and netcheck judge the same networks.
 func TestWhyNamesTheCause(t *testing.T) {
 	needLab(t)
-	t.Run("udp blocked on one side", func(t *testing.T) {
-		m := newMesh(t)
-		a, b := m.join(t, m.laptopAt(t, "a", Only443)), m.join(t, m.laptopAt(t, "b", Masquerade))
-		cause{verdict: "this network passes no UDP", step: "udp here", help: "let UDP packets out of this network"}.must(t, a, b)
-		cause{verdict: "a's network passes no UDP", step: "udp there", help: "let UDP packets out of a's network"}.must(t, b, a)
-		judged(t, a, "UDP is blocked: everything goes over relays by TLS", "blocked")
-		judged(t, b, "direct paths work with nearly all networks", "passes")
-	})
-	t.Run("random ports on both sides", func(t *testing.T) {
-		m := newMesh(t)
-		one, two := m.laptopAt(t, "a", Masquerade), m.laptopAt(t, "b", Masquerade)
-		one.home.randomize(t)
-		two.home.randomize(t)
-		a, b := m.join(t, one), m.join(t, two)
-		for _, x := range [][2]*member{{a, b}, {b, a}} {
-			cause{verdict: "both NATs choose another port for every destination", step: "checks", help: "forward UDP port "}.must(t, x[0], x[1])
-			judged(t, x[0], "hard NAT: ports chosen per destination at random", "passes")
-		}
-	})
-	t.Run("server's relay only over TLS", func(t *testing.T) {
-		m := newMesh(t)
-		if err := m.BlockUDP(t.Context(), m.server.Addr()); err != nil {
-			t.Fatal(err)
-		}
-		// Their routers answer unexpected TCP, or there would be a path over TCP.
-		a, b := m.join(t, m.laptopAt(t, "a", Reset)), m.join(t, m.laptopAt(t, "b", Reset))
-		for _, x := range [][2]*member{{a, b}, {b, a}} {
-			cause{verdict: "the server answers neither this machine nor " + x[1].nodeName + " over UDP", step: "udp here", help: "let UDP ports 443, 3478 and 3479 in on the server's firewall"}.must(t, x[0], x[1])
-		}
-		judged(t, a, "UDP is blocked, here or at the server", "blocked")
-	})
-	t.Run("peer offline", func(t *testing.T) {
-		_, a, b := pair(t, Masquerade, Masquerade)
-		mustDirect(t, a, b)
-		w, text := a.why(t, b, "is reached directly")
-		if w.Failed != "" || w.Since == nil || w.Path.Kind != "direct" || !strings.Contains(text, "answers, in use") {
-			t.Errorf("%+v:\n%s", w, text)
-		}
-		if err := b.down(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		gone := func(st overlay.Status) bool { return pathTo(st, b.nodeName).Kind != "direct" }
-		if _, err := a.await(t.Context(), offlineWait, gone); err != nil {
-			t.Fatal(err)
-		}
-		cause{verdict: "b is not connected", step: "peer", help: "sudo overlay up"}.must(t, a, b)
-	})
-	t.Run("public", func(t *testing.T) {
-		m := newMesh(t)
-		judged(t, m.join(t, m.laptopAt(t, "a", Public)), "no NAT: direct paths work with every network", "passes")
+	asideNamed(t, []namedTest{
+		{"udp blocked on one side", func(t *testing.T) {
+			m := newMesh(t)
+			a, b := m.join(t, m.laptopAt(t, "a", Only443)), m.join(t, m.laptopAt(t, "b", Masquerade))
+			cause{verdict: "this network passes no UDP", step: "udp here", help: "let UDP packets out of this network"}.must(t, a, b)
+			cause{verdict: "a's network passes no UDP", step: "udp there", help: "let UDP packets out of a's network"}.must(t, b, a)
+			judged(t, a, "UDP is blocked: everything goes over relays by TLS", "blocked")
+			judged(t, b, "direct paths work with nearly all networks", "passes")
+		}},
+		{"random ports on both sides", func(t *testing.T) {
+			m := newMesh(t)
+			one, two := m.laptopAt(t, "a", Masquerade), m.laptopAt(t, "b", Masquerade)
+			one.home.randomize(t)
+			two.home.randomize(t)
+			a, b := m.join(t, one), m.join(t, two)
+			for _, x := range [][2]*member{{a, b}, {b, a}} {
+				cause{verdict: "both NATs choose another port for every destination", step: "checks", help: "forward UDP port "}.must(t, x[0], x[1])
+				judged(t, x[0], "hard NAT: ports chosen per destination at random", "passes")
+			}
+		}},
+		{"server's relay only over TLS", func(t *testing.T) {
+			m := newMesh(t)
+			if err := m.BlockUDP(t.Context(), m.server.Addr()); err != nil {
+				t.Fatal(err)
+			}
+			// Their routers answer unexpected TCP, or there would be a path over TCP.
+			a, b := m.join(t, m.laptopAt(t, "a", Reset)), m.join(t, m.laptopAt(t, "b", Reset))
+			for _, x := range [][2]*member{{a, b}, {b, a}} {
+				cause{verdict: "the server answers neither this machine nor " + x[1].nodeName + " over UDP", step: "udp here", help: "let UDP ports 443, 3478 and 3479 in on the server's firewall"}.must(t, x[0], x[1])
+			}
+			judged(t, a, "UDP is blocked, here or at the server", "blocked")
+		}},
+		{"peer offline", func(t *testing.T) {
+			_, a, b := pair(t, Masquerade, Masquerade)
+			mustDirect(t, a, b)
+			w, text := a.why(t, b, "is reached directly")
+			if w.Failed != "" || w.Since == nil || w.Path.Kind != "direct" || !strings.Contains(text, "answers, in use") {
+				t.Errorf("%+v:\n%s", w, text)
+			}
+			if err := b.down(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			gone := func(st overlay.Status) bool { return pathTo(st, b.nodeName).Kind != "direct" }
+			if _, err := a.await(t.Context(), offlineWait, gone); err != nil {
+				t.Fatal(err)
+			}
+			cause{verdict: "b is not connected", step: "peer", help: "sudo overlay up"}.must(t, a, b)
+		}},
+		{"public", func(t *testing.T) {
+			m := newMesh(t)
+			judged(t, m.join(t, m.laptopAt(t, "a", Public)), "no NAT: direct paths work with every network", "passes")
+		}},
 	})
 }
 
@@ -187,61 +198,47 @@ func TestNetcheckLifetime(t *testing.T) {
 func TestWhyTellsOfRounds(t *testing.T) {
 	needLab(t)
 	const step = "hard rounds"
-	t.Run("block", func(t *testing.T) {
-		_, a, b := pair(t, Block, Block)
-		for _, x := range [][2]*member{{a, b}, {b, a}} {
-			w, text := x[0].whyUntil(t, x[1], func(w overlay.Why) bool { return w.Rounds.Ended != "" })
-			r := w.Rounds
-			if r.Kind != "birthday" || r.Sockets == 0 || r.Targets == 0 || r.Low < blockStart-roundsMargin || r.High >= blockStart+1024+roundsMargin || r.Packets == 0 || r.Spent < r.Packets || r.Packets > 1200 {
-				t.Errorf("%+v", r)
+	asideNamed(t, []namedTest{
+		{"block", func(t *testing.T) {
+			_, a, b := pair(t, Block, Block)
+			for _, x := range [][2]*member{{a, b}, {b, a}} {
+				w, text := x[0].whySending(t, x[1], func(w overlay.Why) bool { return w.Rounds.Ended != "" })
+				r := w.Rounds
+				if r.Ended == "" || r.Kind != "birthday" || r.Sockets == 0 || r.Targets == 0 || r.Low < blockStart-roundsMargin || r.High >= blockStart+1024+roundsMargin || r.Packets == 0 || r.Spent < r.Packets || r.Packets > 1200 {
+					t.Errorf("%+v", r)
+				}
+				if !strings.Contains(text, step) || !strings.Contains(text, "ports tried at random") {
+					t.Errorf("not in the text:\n%s", text)
+				}
+				if r.Ended == "in-vain" && (r.State != "paused" && r.State != "back-off" || r.Next == nil) {
+					t.Errorf("after a round in vain: %+v", r)
+				}
 			}
-			if !strings.Contains(text, step) || !strings.Contains(text, "ports tried at random") {
-				t.Errorf("not in the text:\n%s", text)
+		}},
+		{"sequential", func(t *testing.T) {
+			_, a, b := pair(t, Sequential, Masquerade)
+			mustDirect(t, a, b)
+			w, text := a.whySending(t, b, func(w overlay.Why) bool { return w.Rounds.Ended == "found" })
+			if r := w.Rounds; r.Kind != "predicted" || r.Ended != "found" || !strings.Contains(text, "ports predicted") {
+				t.Errorf("%+v\n%s", r, text)
 			}
-			if r.Ended == "in-vain" && (r.State != "paused" && r.State != "back-off" || r.Next == nil) {
-				t.Errorf("after a round in vain: %+v", r)
+		}},
+		{"random", func(t *testing.T) {
+			_, a, b := pair(t, Random, Random)
+			w, text := a.whySending(t, b, func(w overlay.Why) bool { return w.Rounds.State == "useless" })
+			if r := w.Rounds; r.State != "useless" || r.Spent != 0 || !strings.Contains(text, "none: a side's ports are random") {
+				t.Errorf("%+v\n%s", r, text)
 			}
-		}
-	})
-	t.Run("sequential", func(t *testing.T) {
-		_, a, b := pair(t, Sequential, Masquerade)
-		mustDirect(t, a, b)
-		w, text := a.whyUntil(t, b, func(w overlay.Why) bool { return w.Rounds.Ended == "found" })
-		if r := w.Rounds; r.Kind != "predicted" || r.Ended != "found" || !strings.Contains(text, "ports predicted") {
-			t.Errorf("%+v\n%s", r, text)
-		}
-	})
-	t.Run("random", func(t *testing.T) {
-		_, a, b := pair(t, Random, Random)
-		w, text := a.whyUntil(t, b, func(w overlay.Why) bool { return w.Rounds.State == "useless" })
-		if r := w.Rounds; r.State != "useless" || r.Spent != 0 || !strings.Contains(text, "none: a side's ports are random") {
-			t.Errorf("%+v\n%s", r, text)
-		}
+		}},
 	})
 }
 
-// whyUntil has a node send to another, and asks why until that says enough.
-func (n *member) whyUntil(t *testing.T, peer *member, enough func(overlay.Why) bool) (w overlay.Why, text string) {
+// whySending is whyUntil of a node that sends to the other.
+func (n *member) whySending(t *testing.T, peer *member, enough func(overlay.Why) bool) (overlay.Why, string) {
 	t.Helper()
 	ping := startPing(t, n.Host, peer.addr, whyPoll)
 	defer ping.stop(t)
-	for end := time.Now().Add(roundsWait); time.Now().Before(end); time.Sleep(whyPoll) {
-		var err error
-		if w, err = n.client.Why(t.Context(), peer.nodeName); err != nil {
-			t.Fatal(err)
-		}
-		if enough(w) {
-			break
-		}
-	}
-	text, err := n.run(t.Context(), "why", peer.nodeName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if testing.Verbose() {
-		fmt.Printf("--- overlay why %s, on %s\n%s\n", peer.nodeName, n.nodeName, text)
-	}
-	return w, text
+	return n.whyUntil(t, peer, roundsWait, enough)
 }
 
 // roundsWait is how long the first round may take to be over.

@@ -20,7 +20,8 @@ const (
 	// freshRate is how many proposals of a peer are answered in a second.
 	freshRate   = 6
 	freshChecks = 2 * time.Second
-	// freshFor is how long a mapping is surely as a server saw it.
+	// freshFor is how long a socket is kept open, and its mapping surely as a server
+	// saw it.
 	freshFor = 20 * time.Second
 	// freshAgain is how soon another socket is prepared.
 	freshAgain = 300 * time.Millisecond
@@ -38,7 +39,6 @@ type fresh struct {
 	port   uint16         // zero: there is none
 	since  time.Time      // when it was taken
 	mapped netip.AddrPort // zero: not known
-	at     time.Time      // when a server said so
 	again  time.Time      // no other one before
 	misses int            // of its predecessors that no server answered
 }
@@ -142,7 +142,7 @@ func (a *Agent) steady() bool {
 func (a *Agent) prepareFresh(now time.Time) bool {
 	h := &a.hard
 	f := &h.fresh
-	if f.mapped.IsValid() && now.Sub(f.at) < freshFor {
+	if f.mapped.IsValid() && now.Sub(f.since) < freshFor {
 		return true
 	}
 	if !h.job.next.IsZero() || now.Before(f.again) {
@@ -166,7 +166,7 @@ func (a *Agent) prepareFresh(now time.Time) bool {
 func (a *Agent) freshSampled(samples []Sample, now time.Time) {
 	f := &a.hard.fresh
 	if len(samples) > 0 && samples[0].Local == f.port {
-		f.mapped, f.at, f.misses = samples[0].Mapped, now, 0
+		f.mapped, f.misses = samples[0].Mapped, 0
 		a.log.Debug("fresh socket", "port", f.port, "mapped", f.mapped)
 	} else {
 		f.misses = min(f.misses+1, 8)

@@ -151,9 +151,11 @@ func (a *Agent) unheard(p *peer, calls int) {
 	if p.calls != calls {
 		return
 	}
-	start := a.began.Add(2 * maxHold)
-	p.holdUntil = later(p.holdUntil, start)
-	until := later(p.called.Add(shortHold), later(a.changed.Add(maxHold), start))
+	until := later(p.called.Add(shortHold), a.changed.Add(maxHold))
+	if a.cfg.Signal != nil {
+		start := a.began.Add(2 * maxHold)
+		p.holdUntil, until = later(p.holdUntil, start), later(until, start)
+	}
 	if !until.Before(p.holdUntil) {
 		return
 	}

@@ -213,10 +213,10 @@ func (a *Agent) unknown(p *peer, now time.Time) bool {
 	return !fresh && slices.ContainsFunc(a.servers, (*server).asking)
 }
 
-// signal seals and sends a message to a peer.
-func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
+// signal seals and sends a message to a peer; false: there is no room for it now.
+func (a *Agent) signal(p *peer, kind signalKind, now time.Time) bool {
 	if a.cfg.Signal == nil || !p.talk.take(now, signalRate) {
-		return
+		return false
 	}
 	p.counter++
 	s := signal{
@@ -251,6 +251,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		a.unheard(p, calls)
 		a.schedule(p, time.Now())
 	})
+	return true
 }
 
 // outgoing says how a check leaves.

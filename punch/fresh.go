@@ -112,10 +112,13 @@ func (a *Agent) freshNext(p *peer, now time.Time) time.Time {
 		return time.Time{}
 	}
 	if !p.fresh.asked.IsZero() {
-		if again := a.hard.fresh.again; again.After(now) {
-			return again
+		next := p.fresh.asked.Add(hardAnswer)
+		for _, at := range []time.Time{a.hard.fresh.again, now.Add(p.talk.wait(signalRate))} {
+			if at.After(now) {
+				next = earliest(next, at)
+			}
 		}
-		return p.fresh.asked.Add(hardAnswer)
+		return next
 	}
 	start := p.freshStart(now)
 	if p.direct() != nil || start.IsZero() {
@@ -201,7 +204,7 @@ func (a *Agent) agreeFresh(p *peer, now time.Time) {
 		o.asked = time.Time{}
 		return
 	}
-	if !a.prepareFresh(now) {
+	if !a.prepareFresh(now) || !p.talk.ready(now, signalRate) {
 		return
 	}
 	o.asked = time.Time{}

@@ -45,10 +45,12 @@ type Netcheck struct {
 	NAT       NATStatus  `json:"nat"` // of IPv4
 	Lifetime  *Lifetime  `json:"lifetime"`
 	// PortMapping names the protocols by which the router forwards ports, Routers
-	// what each said. MappingOff: they are not asked, because the user wants it so.
-	PortMapping []string     `json:"portMapping"`
-	Routers     []RouterLook `json:"routers"`
-	MappingOff  bool         `json:"portMappingOff,omitempty"`
+	// what each said. MappingOff: they are not asked, because the user wants it so;
+	// MappingTrouble is why they could not be asked.
+	PortMapping    []string     `json:"portMapping"`
+	Routers        []RouterLook `json:"routers"`
+	MappingOff     bool         `json:"portMappingOff,omitempty"`
+	MappingTrouble string       `json:"portMappingTrouble,omitempty"`
 	// DoubleNAT says that there is more than one NAT in the way; CarrierGrade that
 	// the outer one is the provider's.
 	DoubleNAT    *bool         `json:"doubleNAT"`

@@ -206,7 +206,7 @@ func TestFilteringByOneServer(t *testing.T) {
 // TestPathMTU sends padded questions, of which the server hears those up to a size.
 func TestPathMTU(t *testing.T) {
 	for longest, want := range map[int]int{1500: 1500, 1300: 1300, 1000: 668, 100: 0} {
-		s := startSTUN(t, &stunServer{longest: longest - overhead4})
+		s := startSTUN(t, &stunServer{longest: longest - headers4})
 		if got, err := pathMTU(t.Context(), "udp4", s.servers[0]); err != nil || got != want {
 			t.Errorf("%d (%v) of %d", got, err, longest)
 		}

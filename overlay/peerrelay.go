@@ -135,22 +135,17 @@ func (s *session) hasPairs() bool {
 func relayPlace(published []punch.Candidate, local []netip.Prefix, port uint16, mapped []portmap.Mapping) uint16 {
 	for _, c := range published {
 		own := func(p netip.Prefix) bool { return p.Addr() == c.Addr.Addr() }
-		if c.Type == punch.ServerReflexive && c.Addr.Addr().Is4() && internet(c.Addr.Addr()) && slices.ContainsFunc(local, own) {
+		if c.Type == punch.ServerReflexive && c.Addr.Addr().Is4() && punch.Routed(c.Addr.Addr()) && slices.ContainsFunc(local, own) {
 			return port
 		}
 	}
 	for _, m := range mapped {
 		named := func(c punch.Candidate) bool { return c.Addr.Addr() == m.External.Addr() }
-		if m.Port == port && !m.DoubleNAT && internet(m.External.Addr()) && slices.ContainsFunc(published, named) {
+		if m.Port == port && !m.DoubleNAT && punch.Routed(m.External.Addr()) && slices.ContainsFunc(published, named) {
 			return m.External.Port()
 		}
 	}
 	return 0
-}
-
-// internet says whether the Internet routes to an address.
-func internet(a netip.Addr) bool {
-	return a.IsGlobalUnicast() && !punch.Private(a)
 }
 
 // look has the relay see whether it is reached and of use.

@@ -37,6 +37,9 @@ func binding(t testing.TB, setters ...stun.Setter) []byte {
 	return m.Raw
 }
 
+// maxDatagram is more than a request may have, in bytes.
+const maxDatagram = 1500
+
 // here is the address that is asked.
 func here() netip.AddrPort { return netip.MustParseAddrPort("192.0.2.1:3478") }
 
@@ -64,7 +67,7 @@ func TestSTUNAnswers(t *testing.T) {
 		"unknown session":        {binding(t, stun.NewUsername("0123456789abcdef"), padding(), mac), false, false},
 		"short session":          {binding(t, stun.NewUsername("x"), padding(), mac), false, false},
 		"a response":             {must(stun.Build(stun.TransactionID, stun.BindingSuccess)).Raw, false, false},
-		"too long":               {binding(t, stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, punch.MaxQuestion)}), false, false},
+		"too long":               {binding(t, stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, maxDatagram)}), false, false},
 		"cut short":              {binding(t, padding())[:40], false, false},
 		"not STUN":               {[]byte("hello, is anybody there? hello"), false, false},
 		"nothing":                {nil, false, false},
@@ -178,7 +181,7 @@ func TestSTUNOnSockets(t *testing.T) {
 			}
 			_ = c.SetDeadline(time.Now().Add(5 * time.Second))
 			_, _ = c.Write(request)
-			b := make([]byte, punch.MaxQuestion)
+			b := make([]byte, maxDatagram)
 			n, err := c.Read(b)
 			if err != nil {
 				t.Fatalf("%v: %v", to, err)
@@ -243,7 +246,7 @@ func exchange(t *testing.T, b []byte, to netip.AddrPort) ([]byte, netip.AddrPort
 	if _, err := c.WriteToUDPAddrPort(b, to); err != nil {
 		t.Fatal(err)
 	}
-	buf := make([]byte, punch.MaxQuestion)
+	buf := make([]byte, maxDatagram)
 	n, from, err := c.ReadFromUDPAddrPort(buf)
 	if err != nil {
 		t.Fatalf("%v: %v", to, err)
@@ -306,7 +309,7 @@ func TestSTUNReplyPort(t *testing.T) {
 		if len(who.Username) == 0 {
 			answered = conns[0]
 		}
-		b := make([]byte, punch.MaxQuestion)
+		b := make([]byte, maxDatagram)
 		n, from, err := answered.ReadFromUDPAddrPort(b)
 		if mapped, ok := q.Answered(b[:n]); err != nil || !ok || mapped != at(0) || from != to || n > len(q.Raw) && len(who.Username) > 0 {
 			t.Errorf("%q: %d bytes from %v say %v %v (%v)", who.Username, n, from, mapped, ok, err)

@@ -22,7 +22,10 @@ func stunWorld() (*stunServer, sessionID, []byte) {
 	relayed := func(user []byte) ([]byte, [32]byte, bool) {
 		return key, trust.Key{7}, bytes.Equal(user, relayUser())
 	}
-	return &stunServer{open: open, relayed: relayed, tokens: newTokens(now), limit: newBuckets(stunPerSource, stunBurst, now)}, id, key
+	return &stunServer{
+		open: open, relayed: relayed, tokens: newTokens(now),
+		limit: newBuckets[netip.Prefix](stunPerSource, stunBurst, now), members: newBuckets[trust.Key](stunPerMember, stunBurst, now),
+	}, id, key
 }
 
 // relayUser names a session at the relay.
@@ -131,7 +134,7 @@ func checkAnswer(t *testing.T, s *stunServer, request, answer []byte, from netip
 	}
 }
 
-// Plain requests are limited per network; nodes are not.
+// Plain requests are limited per network; those of nodes are not among them.
 func TestSTUNLimit(t *testing.T) {
 	s, id, key := stunWorld()
 	plain, answered := binding(t), 0
@@ -150,6 +153,39 @@ func TestSTUNLimit(t *testing.T) {
 	signed := binding(t, stun.NewUsername(string(id[:])), padding(), stun.MessageIntegrity(key))
 	if s.answer(signed, addr("203.0.113.1:1000"), here()) == nil {
 		t.Error("a node of that network gets no answer")
+	}
+}
+
+// A member has no more answers sent in a second than a node needs, wherever its
+// requests say that they come from; what others ask for from there is not affected.
+func TestSTUNLimitOfMember(t *testing.T) {
+	s, id, key := stunWorld()
+	other := sessionID{4}
+	s.open.sessions[other] = &stream{device: trust.Key{8}, key: key}
+	ask := func(user []byte) func(from netip.AddrPort) bool {
+		b := binding(t, stun.NewUsername(string(user)), padding(), stun.MessageIntegrity(key))
+		return func(from netip.AddrPort) bool { return s.answer(b, from, here()) != nil }
+	}
+	stream, relayed := ask(id[:]), ask(relayUser())
+	forged := binding(t, stun.NewUsername(string(other[:])), padding(), stun.MessageIntegrity("guess"))
+	answered := 0
+	for i := range 3 * stunBurst {
+		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, byte(i), 113}), 1000)
+		if stream(from) {
+			answered++
+		}
+		s.answer(forged, from, here())
+	}
+	if answered != stunBurst {
+		t.Errorf("%d answers to one member at once", answered)
+	}
+	if relayed(addr("203.0.113.1:1000")) {
+		t.Error("its session at the relay counts by itself")
+	}
+	for i := range stunBurst {
+		if !ask(other[:])(addr("203.0.0.113:1000")) {
+			t.Fatalf("another member, %d requests: no answer", i+1)
+		}
 	}
 }
 

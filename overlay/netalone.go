@@ -45,19 +45,23 @@ func NetcheckAlone(ctx context.Context, dir string) (Netcheck, error) {
 	saved := readSaved(store{dir})
 	n.Name, n.Server, n.MappingOff = saved.name, saved.server, saved.mappingOff
 	var list []portmap.Report
+	var asking error
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		n.tcp = answersTCP(gctx, saved.server)
 		return n.examine(gctx, local, saved.servers(gctx))
 	})
 	if !n.MappingOff {
-		g.Go(func() (err error) {
-			list, err = askRouters(gctx)
-			return err
+		g.Go(func() error {
+			list, asking = askRouters(gctx)
+			return nil
 		})
 	}
 	if err := g.Wait(); err != nil {
 		return n, err
+	}
+	if asking != nil { // the rest is of use without it
+		n.MappingTrouble = asking.Error()
 	}
 	n.takeRouters(list, true)
 	n.judgeNATs(list)

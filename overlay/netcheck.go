@@ -45,10 +45,12 @@ type Netcheck struct {
 	NAT       NATStatus  `json:"nat"` // of IPv4
 	Lifetime  *Lifetime  `json:"lifetime"`
 	// PortMapping names the protocols by which the router forwards ports, Routers
-	// what each said. MappingOff: they are not asked, because the user wants it so.
-	PortMapping []string     `json:"portMapping"`
-	Routers     []RouterLook `json:"routers"`
-	MappingOff  bool         `json:"portMappingOff,omitempty"`
+	// what each said. MappingOff: they are not asked, because the user wants it so;
+	// MappingTrouble is why they could not be asked.
+	PortMapping    []string     `json:"portMapping"`
+	Routers        []RouterLook `json:"routers"`
+	MappingOff     bool         `json:"portMappingOff,omitempty"`
+	MappingTrouble string       `json:"portMappingTrouble,omitempty"`
 	// DoubleNAT says that there is more than one NAT in the way; CarrierGrade that
 	// the outer one is the provider's.
 	DoubleNAT    *bool         `json:"doubleNAT"`
@@ -59,10 +61,11 @@ type Netcheck struct {
 	Verdict      string        `json:"verdict"`
 	Help         []string      `json:"help"`
 
-	sights sights
-	full   bool // with addresses
-	alone  bool // no daemon runs
-	tcp    bool // and the server is reached over TCP
+	sights   sights
+	answered []punch.Server // those of IPv4 first
+	full     bool           // with addresses
+	alone    bool           // no daemon runs
+	tcp      bool           // and the server is reached over TCP
 }
 
 // Observed is what a server saw of the WireGuard port.
@@ -94,7 +97,7 @@ func (s *session) netcheck(ctx context.Context, q NetcheckRequest, full bool) (N
 	if err := n.examine(ctx, s.agent.Network().Local, servers); err != nil {
 		return n, err
 	}
-	if err := n.live(ctx, q, servers); err != nil {
+	if err := n.live(ctx, q); err != nil {
 		return n, err
 	}
 	list := s.reports()
@@ -115,22 +118,22 @@ func (n *Netcheck) examine(ctx context.Context, local []netip.Prefix, servers []
 		return fmt.Errorf("look at the network: %w", err)
 	}
 	n.LinkMTU = linkMTU()
-	if err := n.measureMTU(ctx, servers); err != nil {
+	if err := n.measureMTU(ctx); err != nil {
 		return fmt.Errorf("measure the path to the server: %w", err)
 	}
 	return nil
 }
 
 // measureMTU measures the way to a server that has answered.
-func (n *Netcheck) measureMTU(ctx context.Context, servers []punch.Server) error {
-	network, list := "udp4", ofFamily(servers, true)
-	if n.IPv4.Answered == 0 {
-		network, list = "udp6", ofFamily(servers, false)
-	}
-	if n.Answered == 0 || len(list) == 0 {
+func (n *Netcheck) measureMTU(ctx context.Context) error {
+	if n.Answered == 0 {
 		return nil
 	}
-	mtu, err := pathMTU(ctx, network, list[0])
+	network := "udp4"
+	if n.IPv4.Answered == 0 {
+		network = "udp6"
+	}
+	mtu, err := pathMTU(ctx, network, n.answered[0])
 	if mtu > 0 {
 		n.MTU = &mtu
 	}
@@ -144,11 +147,11 @@ func (n *Netcheck) judgeNATs(list []portmap.Report) {
 }
 
 // live measures how long mappings live, if that is wanted.
-func (n *Netcheck) live(ctx context.Context, q NetcheckRequest, servers []punch.Server) error {
+func (n *Netcheck) live(ctx context.Context, q NetcheckRequest) error {
 	if !q.Lifetime || n.IPv4.Answered == 0 {
 		return nil
 	}
-	test := newLifetimeTest("udp4", ofFamily(servers, true)[0])
+	test := newLifetimeTest("udp4", n.answered[0])
 	ctx, cancel := context.WithTimeout(ctx, test.length())
 	defer cancel()
 	least, below, err := test.run(ctx)
@@ -239,6 +242,7 @@ func (n *Netcheck) take(four, six look, local []netip.Prefix) {
 	four.into(&n.IPv4)
 	six.into(&n.IPv6)
 	n.Asked, n.Answered = n.IPv4.Asked+n.IPv6.Asked, n.IPv4.Answered+n.IPv6.Answered
+	n.answered = slices.Concat(four.answered, six.answered)
 	over := func(transport string) bool {
 		return slices.ContainsFunc(n.Relays, func(r RelayStatus) bool { return r.Transport == transport })
 	}
@@ -269,12 +273,7 @@ func (l *look) public() (list []netip.Addr) {
 }
 
 func (l *look) into(f *FamilyLook) {
-	f.Asked = len(l.asked)
-	for _, server := range l.asked {
-		if slices.ContainsFunc(l.replies, func(r reply) bool { return r.server == server }) {
-			f.Answered++
-		}
-	}
+	f.Asked, f.Answered = l.asked, len(l.answered)
 	for _, r := range l.replies {
 		if r.rtt > 0 && (f.RTTms == nil || *milliseconds(r.rtt) < *f.RTTms) {
 			f.RTTms = milliseconds(r.rtt)

@@ -15,12 +15,6 @@ func packetSizes() []int {
 	return []int{668, 1040, 1240, 1280, 1300, 1340, 1360, 1380, 1400, 1420, 1440, 1460, 1480, 1492, 1500}
 }
 
-// Bytes that IP and UDP add to a datagram.
-const (
-	overhead4 = 20 + 8
-	overhead6 = 40 + 8
-)
-
 // pathMTU finds the largest packet that arrives at a server uncut; 0: none of them
 // does. What comes back is small, so this is the way there.
 func pathMTU(ctx context.Context, network string, server punch.Server) (int, error) {
@@ -32,9 +26,9 @@ func pathMTU(ctx context.Context, network string, server punch.Server) (int, err
 	if err := tun.DontFragment(s.conn); err != nil {
 		return 0, err
 	}
-	overhead := overhead4
+	overhead := headers4
 	if network == "udp6" {
-		overhead = overhead6
+		overhead = headers6
 	}
 	var list []*pending
 	for _, size := range packetSizes() {

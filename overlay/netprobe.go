@@ -147,10 +147,11 @@ func (s *spare) read(ctx context.Context, until time.Time) ([]byte, netip.AddrPo
 
 // look is what spare sockets saw of one family.
 type look struct {
-	asked   []netip.AddrPort // servers
-	replies []reply          // first those of the first socket
-	samples []punch.Sample
-	nat     NATStatus
+	asked    int            // servers
+	answered []punch.Server // of them
+	replies  []reply        // first those of the first socket
+	samples  []punch.Sample
+	nat      NATStatus
 }
 
 // lookAround asks servers of one family from fresh sockets, and finds out how the
@@ -158,10 +159,7 @@ type look struct {
 func lookAround(ctx context.Context, network string, servers []punch.Server, own []netip.Addr) (look, error) {
 	var l look
 	servers = servers[:min(len(servers), maxAsked)]
-	for _, s := range servers {
-		l.asked = append(l.asked, s.Addr)
-	}
-	if len(servers) == 0 {
+	if l.asked = len(servers); l.asked == 0 {
 		return l, nil
 	}
 	list, err := openSpares(network, spareSockets)
@@ -178,7 +176,7 @@ func lookAround(ctx context.Context, network string, servers []punch.Server, own
 			return l, err
 		}
 	}
-	filtering, err := filteringOf(ctx, network, servers)
+	filtering, err := filteringOf(ctx, network, l.answered)
 	l.nat.Filtering = filtering
 	return l, err
 }
@@ -218,6 +216,9 @@ func (l *look) sample(ctx context.Context, list []*spare, servers []punch.Server
 			l.samples = append(l.samples, punch.Sample{Local: list[i].port, Server: r.server, Mapped: r.mapped, At: r.sent})
 		}
 	}
+	l.answered = slices.DeleteFunc(slices.Clone(servers), func(s punch.Server) bool {
+		return !slices.ContainsFunc(l.replies, func(r reply) bool { return r.server == s.Addr })
+	})
 	return nil
 }
 
@@ -268,7 +269,7 @@ const (
 
 // filteringOf has packets come from where a socket has sent nothing to: from
 // another address of a server, or from another server, then from another port.
-// Empty: no server can do that.
+// The servers are some that answer. Empty: none of them can do that.
 func filteringOf(ctx context.Context, network string, servers []punch.Server) (string, error) {
 	server := servers[0]
 	far, err := originOf(ctx, network, server, punch.Change{Address: true, Port: true})

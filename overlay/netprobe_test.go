@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"context"
 	"net"
 	"net/netip"
 	"sync"
@@ -89,8 +90,8 @@ func TestLookAround(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if len(l.asked) != 3 || len(l.replies) != 3*spareSockets || len(l.samples) != 3*spareSockets {
-				t.Errorf("%d asked, %d replies, %d samples", len(l.asked), len(l.replies), len(l.samples))
+			if l.asked != 3 || len(l.answered) != 3 || len(l.replies) != 3*spareSockets || len(l.samples) != 3*spareSockets {
+				t.Errorf("%d asked, %d replies, %d samples", l.asked, len(l.replies), len(l.samples))
 			}
 			if l.nat.Mapping != noNAT || l.nat.Filtering != x.filtering {
 				t.Errorf("%+v, want filtering %q", l.nat, x.filtering)
@@ -113,9 +114,33 @@ func TestLookAroundInSilence(t *testing.T) {
 	silent := []punch.Server{{Addr: c.LocalAddr().(*net.UDPAddr).AddrPort()}}
 	for count, servers := range [][]punch.Server{{}, silent} {
 		l, err := lookAround(t.Context(), "udp4", servers, nil)
-		if err != nil || len(l.asked) != count || len(l.samples) != 0 || l.nat != (NATStatus{}) {
+		if err != nil || l.asked != count || len(l.samples) != 0 || l.nat != (NATStatus{}) {
 			t.Errorf("%+v (%v)", l, err)
 		}
+	}
+}
+
+// A network may keep one port of the server from us: the others tell all that is
+// asked.
+func TestFirstServerSilent(t *testing.T) {
+	c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	silent := punch.Server{Addr: c.LocalAddr().(*net.UDPAddr).AddrPort(), Username: []byte("anna"), Key: []byte("secret")}
+	s := startSTUN(t, &stunServer{change: func(i int) (int, bool) { return (i + 1) % 3, true }, replies: func() bool { return true }})
+	var n Netcheck
+	if err := n.examine(t.Context(), nil, append([]punch.Server{silent}, s.servers...)); err != nil {
+		t.Fatal(err)
+	}
+	if n.Asked != 4 || n.Answered != 3 || n.NAT.Filtering != atMostAddressDependent || n.MTU == nil || *n.MTU != 1500 {
+		t.Errorf("%d of %d answered, filtering %q, MTU %v", n.Answered, n.Asked, n.NAT.Filtering, n.MTU)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := n.live(ctx, NetcheckRequest{Lifetime: true}); err == nil || len(n.answered) != 3 || n.answered[0].Addr != s.servers[0].Addr {
+		t.Errorf("lifetimes (%v) asked of %v", err, n.answered)
 	}
 }
 
@@ -181,7 +206,7 @@ func TestFilteringByOneServer(t *testing.T) {
 // TestPathMTU sends padded questions, of which the server hears those up to a size.
 func TestPathMTU(t *testing.T) {
 	for longest, want := range map[int]int{1500: 1500, 1300: 1300, 1000: 668, 100: 0} {
-		s := startSTUN(t, &stunServer{longest: longest - overhead4})
+		s := startSTUN(t, &stunServer{longest: longest - headers4})
 		if got, err := pathMTU(t.Context(), "udp4", s.servers[0]); err != nil || got != want {
 			t.Errorf("%d (%v) of %d", got, err, longest)
 		}

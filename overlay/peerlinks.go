@@ -321,7 +321,7 @@ func (m *member) peerRelayInfo(mesh []netip.Prefix) relayInfo {
 	info := relayInfo{key: punch.Key(m.cert.WireGuard), name: m.cert.Name, online: m.node.Online, peer: true}
 	for _, e := range m.record.Candidates {
 		a := netip.AddrPortFrom(e.Addr.Addr(), m.record.RelayPort)
-		if len(info.addrs) < maxPeerAddrs && outside(a.Addr(), mesh) && internet(a.Addr()) && !slices.Contains(info.addrs, a) {
+		if len(info.addrs) < maxPeerAddrs && outside(a.Addr(), mesh) && punch.Routed(a.Addr()) && !slices.Contains(info.addrs, a) {
 			info.addrs = append(info.addrs, a)
 		}
 	}

@@ -2,12 +2,14 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -34,6 +36,8 @@ const (
 	peerRelayGrace = 30 * time.Second
 	// peerRelayAgain is how long after a failure it is started again.
 	peerRelayAgain = time.Minute
+	// peerRelayPorts is how many ports are tried at a start.
+	peerRelayPorts = 8
 )
 
 // The values of the setting that says whether this node relays for others, besides
@@ -66,7 +70,6 @@ func peerRelayRate(setting string) (uint64, error) {
 type peerRelay struct {
 	doorkeeper
 	config relay.ServerConfig
-	port   uint16
 	// useful says whether there may be a pair to relay for; place at which port of
 	// the published addresses others reach the relay, 0: nowhere; mapPorts has
 	// routers map what toMap says.
@@ -78,8 +81,9 @@ type peerRelay struct {
 	wake     chan struct{}
 
 	mu     sync.Mutex
-	maps   bool // a router maps the port of WireGuard; others are not asked
-	wanted bool // and is to map that of the relay
+	port   uint16 // that of the settings, or, where somebody else has it, another one
+	maps   bool   // a router maps the port of WireGuard; others are not asked
+	wanted bool   // and is to map that of the relay
 	mapped []portmap.Mapping
 	server *relay.Server // nil: it does not run
 	open   uint16        // as published
@@ -99,7 +103,7 @@ func (s *session) newPeerRelay() error {
 		s.mu.Lock()
 		local := s.local
 		s.mu.Unlock()
-		return relayPlace(s.control.candidates(), local, r.port, mapped)
+		return relayPlace(s.control.candidates(), local, r.own(), mapped)
 	}
 	r.config = relay.ServerConfig{
 		PrivateKey: s.keys.WireGuard, Verify: r.verify, Log: s.log,
@@ -131,22 +135,17 @@ func (s *session) hasPairs() bool {
 func relayPlace(published []punch.Candidate, local []netip.Prefix, port uint16, mapped []portmap.Mapping) uint16 {
 	for _, c := range published {
 		own := func(p netip.Prefix) bool { return p.Addr() == c.Addr.Addr() }
-		if c.Type == punch.ServerReflexive && c.Addr.Addr().Is4() && internet(c.Addr.Addr()) && slices.ContainsFunc(local, own) {
+		if c.Type == punch.ServerReflexive && c.Addr.Addr().Is4() && punch.Routed(c.Addr.Addr()) && slices.ContainsFunc(local, own) {
 			return port
 		}
 	}
 	for _, m := range mapped {
 		named := func(c punch.Candidate) bool { return c.Addr.Addr() == m.External.Addr() }
-		if !m.DoubleNAT && internet(m.External.Addr()) && slices.ContainsFunc(published, named) {
+		if m.Port == port && !m.DoubleNAT && punch.Routed(m.External.Addr()) && slices.ContainsFunc(published, named) {
 			return m.External.Port()
 		}
 	}
 	return 0
-}
-
-// internet says whether the Internet routes to an address.
-func internet(a netip.Addr) bool {
-	return a.IsGlobalUnicast() && !punch.Private(a)
 }
 
 // look has the relay see whether it is reached and of use.
@@ -172,6 +171,13 @@ func (r *peerRelay) setMapped(list []portmap.Mapping, maps bool) {
 	r.look()
 }
 
+// own is the port that the relay listens at.
+func (r *peerRelay) own() uint16 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.port
+}
+
 // toMap is the port that routers are to map; 0: none.
 func (r *peerRelay) toMap() uint16 {
 	if r == nil {
@@ -190,19 +196,39 @@ func (r *peerRelay) run(ctx context.Context) error {
 	again := time.NewTimer(peerRelayAgain)
 	defer again.Stop()
 	for ctx.Err() == nil {
-		if port := r.reached(); port != 0 {
-			if err := r.serve(ctx, port); err != nil {
+		wake := r.wake
+		if r.reached() != 0 {
+			if err := r.serve(ctx); err != nil {
 				r.log.Warn("relaying for others failed", "err", err)
+				wake = nil // it would fail again
 			}
 			again.Reset(peerRelayAgain)
 		}
 		select {
 		case <-ctx.Done():
 		case <-again.C:
-		case <-r.wake:
+		case <-wake:
 		}
 	}
 	return nil
+}
+
+// listen opens the port of the relay, or another one where somebody else has it.
+func (r *peerRelay) listen() (udpSockets, error) {
+	for try := 1; ; try++ {
+		sockets, err := listenUDP("", r.own())
+		if !errors.Is(err, syscall.EADDRINUSE) || try == peerRelayPorts {
+			return sockets, err
+		}
+		port, drawn := drawPort()
+		if drawn != nil {
+			return nil, drawn
+		}
+		r.log.Info("the port of the relay for others is taken", "port", r.own(), "now", port)
+		r.mu.Lock()
+		r.port = port
+		r.mu.Unlock()
+	}
 }
 
 // reached tells at which port others reach the relay, and has routers asked for
@@ -220,13 +246,17 @@ func (r *peerRelay) reached() uint16 {
 	return r.place(mapped)
 }
 
-// serve relays as long as others reach it at a port.
-func (r *peerRelay) serve(ctx context.Context, port uint16) error {
-	sockets, err := listenUDP("", r.port)
+// serve relays as long as others reach it.
+func (r *peerRelay) serve(ctx context.Context) error {
+	sockets, err := r.listen()
 	if err != nil {
-		return err
+		return fmt.Errorf("open the port of the relay: %w", err)
 	}
 	defer sockets.close()
+	port := r.reached()
+	if port == 0 { // it is another one, which routers have yet to map
+		return nil
+	}
 	server, err := relay.NewServer(r.config)
 	if err != nil {
 		return fmt.Errorf("make the relay: %w", err)

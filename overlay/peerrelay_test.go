@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"net"
@@ -44,10 +45,12 @@ func TestRelayPlace(t *testing.T) {
 	}
 	host6 := punch.Candidate{Addr: netip.MustParseAddrPort("[2001:db8::1]:41000"), Type: punch.Host}
 	mapping := func(addr string) []portmap.Mapping {
-		return []portmap.Mapping{{External: netip.MustParseAddrPort(addr)}}
+		return []portmap.Mapping{{External: netip.MustParseAddrPort(addr), Port: 4000}}
 	}
 	double := mapping("192.0.2.1:5555")
 	double[0].DoubleNAT = true
+	other := mapping("192.0.2.1:5555")
+	other[0].Port = 4001
 	for name, x := range map[string]struct {
 		published []punch.Candidate
 		local     string
@@ -62,6 +65,7 @@ func TestRelayPlace(t *testing.T) {
 		"IPv6 behind a firewall":  {[]punch.Candidate{seen("[2001:db8::1]:41000"), host6}, "2001:db8::1/64", nil, 0},
 		"a mapped port":           {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.168.1.2/24", mapping("192.0.2.1:5555"), 5555},
 		"mapped elsewhere":        {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.168.1.2/24", mapping("192.0.2.9:5555"), 0},
+		"another port mapped":     {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.168.1.2/24", other, 0},
 		"mapped behind a carrier": {[]punch.Candidate{seen("192.0.2.1:41000")}, "192.168.1.2/24", double, 0},
 		"a hole for IPv6":         {[]punch.Candidate{host6}, "2001:db8::1/64", mapping("[2001:db8::1]:4000"), 4000},
 	} {
@@ -78,7 +82,7 @@ type peerHost struct {
 
 	mu        sync.Mutex
 	pairs     bool
-	port      uint16
+	port      uint16 // at which others reach it; 0: its own
 	published []uint16
 }
 
@@ -91,11 +95,16 @@ func freePort(t *testing.T) uint16 {
 
 func startPeerRelay(t *testing.T, r *roster, key [32]byte) *peerHost {
 	t.Helper()
-	h := &peerHost{roster: r, pairs: true, port: freePort(t)}
+	return startPeerRelayAt(t, r, key, freePort(t))
+}
+
+func startPeerRelayAt(t *testing.T, r *roster, key [32]byte, port uint16) *peerHost {
+	t.Helper()
+	h := &peerHost{roster: r, pairs: true}
 	h.peerRelay = &peerRelay{
-		doorkeeper: doorkeeper{&h.mu, r.mesh}, port: h.port, log: slog.New(slog.DiscardHandler), wake: make(chan struct{}, 1),
+		doorkeeper: doorkeeper{&h.mu, r.mesh}, port: port, log: slog.New(slog.DiscardHandler), wake: make(chan struct{}, 1),
 		useful:   func() bool { h.mu.Lock(); defer h.mu.Unlock(); return h.pairs },
-		place:    func([]portmap.Mapping) uint16 { h.mu.Lock(); defer h.mu.Unlock(); return h.port },
+		place:    func([]portmap.Mapping) uint16 { h.mu.Lock(); defer h.mu.Unlock(); return cmp.Or(h.port, h.own()) },
 		mapPorts: func() {},
 	}
 	h.publish = func() {
@@ -119,7 +128,7 @@ func startPeerRelay(t *testing.T, r *roster, key [32]byte) *peerHost {
 // link connects a node to the relay over UDP.
 func (h *peerHost) link(t *testing.T, n testNode, key [32]byte) *relayed {
 	t.Helper()
-	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), h.peerRelay.port)
+	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), h.own())
 	return linkBy(t, n, relay.ClientConfig{Relay: key}, at, false)
 }
 
@@ -130,7 +139,7 @@ func TestPeerRelayServes(t *testing.T) {
 	r := m.roster(self)
 	r.apply(&coord.Netmap{Nodes: []coord.Node{alice.node, eve.node}, Revocations: []trust.Document{m.revoke(eve)}}, true)
 	h := startPeerRelay(t, r, self.w)
-	eventually(t, "not offered", func() bool { return h.peerRelay.published() == h.port })
+	eventually(t, "not offered", func() bool { return h.peerRelay.published() == h.own() })
 	public := [32]byte(self.w.PublicKey())
 	a, b := h.link(t, alice, public), h.link(t, bob, public)
 	a.await(t, "on udp", over(relay.UDP))
@@ -139,7 +148,7 @@ func TestPeerRelayServes(t *testing.T) {
 	b.client.SetPeers([]punch.Key{a.key()})
 	eventually(t, "the peers do not see each other", func() bool { return a.sees(b.key()) && b.sees(a.key()) })
 	flow := relay.FlowOf(a.key(), b.key())
-	to := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(h.peerRelay.port)}
+	to := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(h.own())}
 	if _, err := a.socket.WriteToUDP(append(flow[:], "to bob"...), to); err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +177,7 @@ func TestPeerRelayComesAndGoes(t *testing.T) {
 	}
 	running(true)
 	h.mu.Lock()
-	h.port++ // the router maps another one
+	h.port = h.own() + 1 // the router maps another one
 	h.mu.Unlock()
 	h.look()
 	eventually(t, "the new port is not published", func() bool { return h.peerRelay.published() == h.port })
@@ -179,7 +188,7 @@ func TestPeerRelayComesAndGoes(t *testing.T) {
 
 // listens fails when the relay's own port is free.
 func (h *peerHost) listens() error {
-	c, err := listenUDP("", h.peerRelay.port)
+	c, err := listenUDP("", h.own())
 	if err != nil {
 		return nil
 	}
@@ -223,6 +232,51 @@ func TestHasPairs(t *testing.T) {
 			t.Errorf("with %d others: %v", i+1, got)
 		}
 	}
+}
+
+// A relay whose port somebody else has takes another one, and tells of that.
+func TestPeerRelayPortTaken(t *testing.T) {
+	other := must[*net.UDPConn](t)(net.ListenUDP("udp", nil))
+	defer other.Close()
+	m := newTestMesh(t)
+	self := m.node("carol", m.signer)
+	taken := other.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+	h := startPeerRelayAt(t, m.roster(self), self.w, taken)
+	h.setMapped(nil, true)
+	eventually(t, "it does not run", func() bool { return h.peerRelay.published() != 0 })
+	at := h.peerRelay.published()
+	if at == taken || at != h.own() {
+		t.Errorf("published %d although %d is taken and it is at %d", at, taken, h.own())
+	}
+	eventually(t, "another one is to be mapped", func() bool { return h.toMap() == at })
+}
+
+// What cannot be started is not tried at every change of the mesh.
+func TestPeerRelayRests(t *testing.T) {
+	port := freePort(t)
+	synctest.Test(t, func(t *testing.T) {
+		var out strings.Builder
+		r := &peerRelay{
+			port: port, log: slog.New(slog.NewTextHandler(&out, nil)), wake: make(chan struct{}, 1),
+			useful: func() bool { return true }, place: func([]portmap.Mapping) uint16 { return port },
+			mapPorts: func() {}, publish: func() {},
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); _ = r.run(ctx) }() // fails: it has no one to verify credentials
+		time.Sleep(time.Second)
+		for minutes := range 3 {
+			if n := strings.Count(out.String(), "level=WARN"); n != minutes+1 {
+				t.Errorf("%d warnings after %d minutes", n, minutes)
+			}
+			for range 10 {
+				r.look()
+				time.Sleep(peerRelayAgain / 10)
+			}
+		}
+		cancel()
+		<-done
+	})
 }
 
 // Routers that map ports are to map that of the relay, while there may be a pair.

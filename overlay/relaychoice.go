@@ -66,10 +66,10 @@ func (c candidate) weight() time.Duration {
 }
 
 // chooseRelays tells which relays to keep a link to: the own server's, the
-// nearest ones, the homes of peers, those in nodes, and as many as there is room for of those
-// whose distance is not known yet, or that are silent while too few answer. What
-// is up does not end because the server, which may have restarted, says that the
-// relay is offline.
+// nearest ones, the homes of peers, those in nodes, and as many as there is room
+// for of those whose distance is not known yet, or that are silent while too few
+// answer. What is up does not end because the server, which may have restarted,
+// says that the relay is offline.
 func chooseRelays(all []candidate) []punch.Key {
 	slices.SortFunc(all, func(a, b candidate) int {
 		return cmp.Or(cmp.Compare(a.class(), b.class()), cmp.Compare(a.weight(), b.weight()), slices.Compare(a.key[:], b.key[:]))
@@ -212,9 +212,9 @@ func tripTo(list []trust.RelayTrip, k trust.Key) (ms uint16, ok bool) {
 }
 
 // worth reports whether a peer is to be looked for at a relay: where it says it
-// is, unless that is a node to be left alone, and anywhere while none of the relays it named is up; its record may be old. Those in
-// nodes do not count: they are more than what a pair shares, and never all.
-// mu is held.
+// is, unless that is a node to be left alone, and anywhere while none of the relays
+// it named is up; its record may be old. Those in nodes do not count: they are more
+// than what a pair shares, and never all. mu is held.
 func (l *links) worth(k *relayLink, p linkPeer) bool {
 	if _, listed := tripTo(p.relays, trust.Key(k.info.key)); listed || k.info.peer {
 		return listed && !(k.info.peer && l.via.resting(trial{k.info.key, p.key}, time.Now()))

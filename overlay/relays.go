@@ -330,7 +330,8 @@ func (l *links) peerOf(handle netip.AddrPort) (punch.Key, bool) {
 	return w.peer, ok
 }
 
-// signal sends a sealed message to a peer through the best relay at which it is. To a peer not seen at any it is sent all the same, but that is an error.
+// signal sends a sealed message to a peer through the best relay at which it is. To
+// a peer not seen at any it is sent all the same, but that is an error.
 func (l *links) signal(to punch.Key, sealed []byte) error {
 	l.mu.Lock()
 	handle, here := l.bestHandle(to)

@@ -314,6 +314,14 @@ const bootStep = 1 << 20
 // peers and relays would take its messages for old ones.
 func (c *settings) begin(now time.Time) { c.Boot = max(c.Boot+bootStep, uint64(now.UnixNano())) }
 
+func drawPort() (uint16, error) {
+	n, err := rand.Int(rand.Reader, big.NewInt(portCount))
+	if err != nil {
+		return 0, fmt.Errorf("draw a port: %w", err)
+	}
+	return uint16(firstPort + n.Int64()), nil
+}
+
 // loadSettings gives the saved settings with defaults filled in.
 func (s store) loadSettings(now time.Time) (*settings, error) {
 	c := settings{Interface: DefaultInterface, MTU: DefaultMTU}
@@ -322,11 +330,11 @@ func (s store) loadSettings(now time.Time) (*settings, error) {
 	}
 	for _, port := range []*int{&c.ListenPort, &c.RelayPort} {
 		for *port == 0 || port == &c.RelayPort && *port == c.ListenPort {
-			n, err := rand.Int(rand.Reader, big.NewInt(portCount))
+			n, err := drawPort()
 			if err != nil {
-				return nil, fmt.Errorf("draw a port: %w", err)
+				return nil, err
 			}
-			*port = firstPort + int(n.Int64())
+			*port = int(n)
 		}
 	}
 	if age := now.Sub(c.NonceTime); age > nonceLife || age < 0 {

@@ -35,6 +35,9 @@ func Private(ip netip.Addr) bool {
 	return ip.IsPrivate() || ip.IsLinkLocalUnicast() || CarrierGrade(ip)
 }
 
+// Routed reports whether the Internet routes to an address.
+func Routed(ip netip.Addr) bool { return ip.IsGlobalUnicast() && !Private(ip) }
+
 // CarrierGrade reports whether ip is in 100.64.0.0/10, which carriers use between
 // their NAT and their customers (RFC 6598).
 func CarrierGrade(ip netip.Addr) bool {

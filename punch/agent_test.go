@@ -157,6 +157,18 @@ func TestHeldUntilAllOwnAddressesAreCovered(t *testing.T) {
 	})
 }
 
+// Where nothing carries signals, no call waits for a way to carry them.
+func TestCallWithoutSignals(t *testing.T) {
+	inWorld(t, func(w *world) {
+		w.speechless = true
+		a, b := w.gathered(1, outerA), w.gathered(2, outerB)
+		meet(a, b)
+		rest(shortHold + 4*oneWay)
+		a.wantPath(b, b.outer)
+		b.wantPath(a, a.outer)
+	})
+}
+
 // wantOpeners wants that all a sent to b died on the way.
 func (w *world) wantOpeners(a, b *node) {
 	w.t.Helper()

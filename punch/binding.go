@@ -7,7 +7,8 @@ import (
 )
 
 // maxBinding bounds a Binding request to a server in bytes: one that is padded to
-// learn how large packets may be is as long as a packet of 1500 bytes allows.
+// learn how large packets may be is as long as a packet of 1500 bytes allows. A
+// server with a lower bound would seem to be behind a smaller path.
 const maxBinding = 1500 - overhead4
 
 // AnswerBinding returns the answer of a STUN server (RFC 8489) to a datagram that

@@ -151,9 +151,11 @@ func (a *Agent) unheard(p *peer, calls int) {
 	if p.calls != calls {
 		return
 	}
-	start := a.began.Add(2 * maxHold)
-	p.holdUntil = later(p.holdUntil, start)
-	until := later(p.called.Add(shortHold), later(a.changed.Add(maxHold), start))
+	until := later(p.called.Add(shortHold), a.changed.Add(maxHold))
+	if a.cfg.Signal != nil {
+		start := a.began.Add(2 * maxHold)
+		p.holdUntil, until = later(p.holdUntil, start), later(until, start)
+	}
 	if !until.Before(p.holdUntil) {
 		return
 	}
@@ -211,10 +213,10 @@ func (a *Agent) unknown(p *peer, now time.Time) bool {
 	return !fresh && slices.ContainsFunc(a.servers, (*server).asking)
 }
 
-// signal seals and sends a message to a peer.
-func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
+// signal seals and sends a message to a peer; false: there is no room for it now.
+func (a *Agent) signal(p *peer, kind signalKind, now time.Time) bool {
 	if a.cfg.Signal == nil || !p.talk.take(now, signalRate) {
-		return
+		return false
 	}
 	p.counter++
 	s := signal{
@@ -249,6 +251,7 @@ func (a *Agent) signal(p *peer, kind signalKind, now time.Time) {
 		a.unheard(p, calls)
 		a.schedule(p, time.Now())
 	})
+	return true
 }
 
 // outgoing says how a check leaves.

@@ -20,7 +20,8 @@ const (
 	// freshRate is how many proposals of a peer are answered in a second.
 	freshRate   = 6
 	freshChecks = 2 * time.Second
-	// freshFor is how long a mapping is surely as a server saw it.
+	// freshFor is how long a socket is kept open, and its mapping surely as a server
+	// saw it.
 	freshFor = 20 * time.Second
 	// freshAgain is how soon another socket is prepared.
 	freshAgain = 300 * time.Millisecond
@@ -38,7 +39,6 @@ type fresh struct {
 	port   uint16         // zero: there is none
 	since  time.Time      // when it was taken
 	mapped netip.AddrPort // zero: not known
-	at     time.Time      // when a server said so
 	again  time.Time      // no other one before
 	misses int            // of its predecessors that no server answered
 }
@@ -112,10 +112,13 @@ func (a *Agent) freshNext(p *peer, now time.Time) time.Time {
 		return time.Time{}
 	}
 	if !p.fresh.asked.IsZero() {
-		if again := a.hard.fresh.again; again.After(now) {
-			return again
+		next := p.fresh.asked.Add(hardAnswer)
+		for _, at := range []time.Time{a.hard.fresh.again, now.Add(p.talk.wait(signalRate))} {
+			if at.After(now) {
+				next = earliest(next, at)
+			}
 		}
-		return p.fresh.asked.Add(hardAnswer)
+		return next
 	}
 	start := p.freshStart(now)
 	if p.direct() != nil || start.IsZero() {
@@ -142,7 +145,7 @@ func (a *Agent) steady() bool {
 func (a *Agent) prepareFresh(now time.Time) bool {
 	h := &a.hard
 	f := &h.fresh
-	if f.mapped.IsValid() && now.Sub(f.at) < freshFor {
+	if f.mapped.IsValid() && now.Sub(f.since) < freshFor {
 		return true
 	}
 	if !h.job.next.IsZero() || now.Before(f.again) {
@@ -166,7 +169,7 @@ func (a *Agent) prepareFresh(now time.Time) bool {
 func (a *Agent) freshSampled(samples []Sample, now time.Time) {
 	f := &a.hard.fresh
 	if len(samples) > 0 && samples[0].Local == f.port {
-		f.mapped, f.at, f.misses = samples[0].Mapped, now, 0
+		f.mapped, f.misses = samples[0].Mapped, 0
 		a.log.Debug("fresh socket", "port", f.port, "mapped", f.mapped)
 	} else {
 		f.misses = min(f.misses+1, 8)
@@ -201,7 +204,7 @@ func (a *Agent) agreeFresh(p *peer, now time.Time) {
 		o.asked = time.Time{}
 		return
 	}
-	if !a.prepareFresh(now) {
+	if !a.prepareFresh(now) || !p.talk.ready(now, signalRate) {
 		return
 	}
 	o.asked = time.Time{}

@@ -3,6 +3,7 @@ package punch
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 )
@@ -85,4 +86,23 @@ func TestFreshFew(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestFreshIsOpen has a fresh socket told of only as long as it stays open, however
+// late the server said where it leads.
+func TestFreshIsOpen(t *testing.T) {
+	inWorld(t, func(w *world) {
+		w.spare = true
+		a := w.gathered(1, outerA)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		now, h := time.Now(), &a.hard
+		h.open, h.sweepAt = []uint16{20001}, now
+		h.fresh = fresh{port: 20001, since: now.Add(-freshFor), mapped: netip.MustParseAddrPort("203.0.113.1:20001")}
+		a.sweep(now)
+		if a.prepareFresh(now) && !slices.Contains(h.open, h.fresh.port) {
+			t.Errorf("socket %d is closed, and told of", h.fresh.port)
+		}
+		a.effects, h.open, h.opening, h.sweepAt = nil, nil, false, time.Time{}
+	})
 }

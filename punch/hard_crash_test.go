@@ -89,3 +89,63 @@ func TestNoSocketsLeft(t *testing.T) {
 		t.Error("the round goes on")
 	}
 }
+
+// TestRoundWaitsForTheSignal has a round begin only when the peer was told, which
+// may have to wait: so many signals a second are sent.
+func TestRoundWaitsForTheSignal(t *testing.T) {
+	a, p := crashAgent(t)
+	now := time.Now()
+	for p.talk.take(now, signalRate) {
+	}
+	mine := side{nat: NAT{Mapping: AddressAndPortDependent, Allocation: Random}, addr: netip.MustParseAddrPort("198.51.100.7:999")}
+	theirs := side{nat: NAT{Mapping: EndpointIndependent}, addr: netip.MustParseAddrPort("203.0.113.9:4000")}
+	p.meeting.mine, p.meeting.theirs = mine, theirs
+	plan, ok := planFor(mine, theirs, 0)
+	if !ok {
+		t.Fatal("no plan")
+	}
+	plan.starts = true
+	a.begin(p, plan, now)
+	for i := range plan.sockets + 1 {
+		a.hard.open = append(a.hard.open, uint16(20000+i))
+	}
+	a.runRound(now)
+	r := a.hard.round
+	if r == nil || r.stage != preparing || len(a.effects) > 0 || len(a.sends) > 0 {
+		t.Fatalf("began without a word: %d sent", len(a.sends))
+	}
+	if wait := r.next.Sub(now); wait <= 0 || wait > time.Second {
+		t.Fatalf("looked at again in %v", wait)
+	}
+	a.runRound(r.next)
+	if a.hard.round != r || r.stage != running || len(a.effects) == 0 {
+		t.Error("not begun when there was room")
+	}
+}
+
+// TestFreshWaitsForTheSignal has nothing opened for a fresh socket of the peer
+// before there is room to tell it so.
+func TestFreshWaitsForTheSignal(t *testing.T) {
+	a, p := crashAgent(t)
+	now := time.Now()
+	theirs := netip.MustParseAddrPort("203.0.113.9:4000")
+	a.hard.fresh = fresh{port: 20001, since: now, mapped: netip.MustParseAddrPort("198.51.100.7:999")}
+	a.servers = []*server{{fresh: true, mapped: netip.MustParseAddrPort("198.51.100.7:998")}}
+	a.SetPeer(Peer{Key: p.key, Online: true, Candidates: []Candidate{{Addr: theirs, Type: ServerReflexive}}})
+	a.sends, a.effects = nil, nil
+	for p.talk.take(now, signalRate) {
+	}
+	p.fresh.asked, p.fresh.theirs = now, theirs
+	a.agreeFresh(p, now)
+	if p.fresh.asked.IsZero() || len(a.sends) > 0 {
+		t.Fatalf("answered without a word: %d sent", len(a.sends))
+	}
+	next := a.freshNext(p, now)
+	if wait := next.Sub(now); wait <= 0 || wait > time.Second {
+		t.Fatalf("looked at again in %v", wait)
+	}
+	a.agreeFresh(p, next)
+	if !p.fresh.asked.IsZero() || len(a.sends) == 0 || len(a.effects) == 0 {
+		t.Errorf("not answered when there was room: %d sent, %d effects", len(a.sends), len(a.effects))
+	}
+}

@@ -109,18 +109,23 @@ func (a *Agent) rounds(p *peer, now time.Time) Rounds {
 	s := m.past.last
 	r := Rounds{InVain: m.rounds, Packets: m.past.packets, Spent: m.past.spent, Began: m.past.began, Ended: m.past.end}
 	at := a.hard.round
-	switch {
-	case at != nil && at.p == p:
+	working := at != nil && at.p == p
+	if working {
 		s = at.sketch()
-		r.InVain--
+		r.InVain = max(r.InVain-1, 0)
 		r.Began = at.first
 		r.Packets, r.Spent, r.Ended = at.count, r.Spent+at.count, ""
-		r.State = RoundPreparing
-		if at.stage == running {
-			r.State = RoundRunning
-		}
+	}
+	switch {
 	case p.direct() != nil:
 		r.InVain = 0
+		if working { // it is about to end
+			r.Ended = RoundFound
+		}
+	case working && at.stage == running:
+		r.State = RoundRunning
+	case working:
+		r.State = RoundPreparing
 	default:
 		var next sketch
 		r.State, r.Next, next = a.nextRound(p, now)

@@ -159,13 +159,16 @@ func (a *Agent) prepared(r *round, now time.Time) {
 		a.endRound(now)
 		return
 	}
+	kind := signalAgree
 	if a.leads(r.p) {
-		a.signal(r.p, signalGo, now)
-		a.run(r, now)
+		kind = signalGo
+	}
+	if !a.signal(r.p, kind, now) { // who is not told does not take part
+		r.next = now.Add(r.p.talk.wait(signalRate))
+		a.notify()
 		return
 	}
-	a.signal(r.p, signalAgree, now)
-	if r.starts {
+	if kind == signalGo || r.starts {
 		a.run(r, now)
 		return
 	}

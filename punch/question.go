@@ -17,14 +17,11 @@ const replyPortSize = 2
 type Ask struct {
 	Change Change
 	To     uint16 // to this port of the asker's address; 0: as above
-	// Size pads the question to so many bytes, a multiple of four up to
-	// MaxQuestion: its answer tells that such a datagram arrives. 0: no more than
-	// it needs.
+	// Size pads the question to so many bytes, a multiple of four up to what fits
+	// into a packet of 1500 bytes over IPv4: its answer tells that such a datagram
+	// arrives. 0: no more than it needs.
 	Size int
 }
-
-// MaxQuestion bounds Ask.Size: what fits into a packet of 1500 bytes.
-const MaxQuestion = maxBinding
 
 // Question is a Binding request from a socket that is not an Agent's, to learn how
 // the network treats that socket.
@@ -48,7 +45,7 @@ func NewQuestion(to Server, how Ask) (Question, error) {
 	if q.Raw, err = to.marshal(q.id, extra...); err != nil {
 		return Question{}, fmt.Errorf("new question: %w", err)
 	}
-	if missing := how.Size - len(q.Raw) - attributeHead; missing >= 0 && how.Size <= MaxQuestion {
+	if missing := how.Size - len(q.Raw) - attributeHead; missing >= 0 && how.Size <= maxBinding {
 		extra = append(extra, stun.RawAttribute{Type: AttrPadding, Value: make([]byte, missing)})
 		if q.Raw, err = to.marshal(q.id, extra...); err != nil {
 			return Question{}, fmt.Errorf("new question: %w", err)

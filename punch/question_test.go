@@ -12,7 +12,7 @@ func TestQuestion(t *testing.T) {
 	server := Server{Addr: stunAddr(), Username: []byte("anna"), Key: []byte("secret")}
 	from := netip.MustParseAddrPort("203.0.113.1:7")
 	session := func([]byte) (key, token []byte, ok bool) { return []byte("secret"), make([]byte, MaxToken), true }
-	for _, how := range []Ask{{}, {Change: Change{Port: true}}, {To: 41641}, {Size: 1252}, {Size: MaxQuestion}} {
+	for _, how := range []Ask{{}, {Change: Change{Port: true}}, {To: 41641}, {Size: 1252}, {Size: maxBinding}} {
 		q, err := NewQuestion(server, how)
 		if err != nil {
 			t.Fatal(err)

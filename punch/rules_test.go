@@ -53,6 +53,17 @@ func TestPrivate(t *testing.T) {
 	}
 }
 
+func TestRouted(t *testing.T) {
+	for addr, want := range map[string]bool{
+		"203.0.113.1": true, "2001:db8::1": true, "192.168.1.1": false, "fd00::1": false, "100.64.0.1": false,
+		"fe80::1": false, "127.0.0.1": false, "224.0.0.1": false, "0.0.0.0": false, "::": false,
+	} {
+		if got := Routed(netip.MustParseAddr(addr)); got != want {
+			t.Errorf("Routed(%s) = %v", addr, got)
+		}
+	}
+}
+
 func TestBroadcast(t *testing.T) {
 	for _, test := range []struct {
 		prefix, addr string

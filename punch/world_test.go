@@ -31,6 +31,7 @@ type world struct {
 	nearServer time.Duration              // by how much sooner its answers come
 	carry      func(from, to *node) error // nil: signals arrive
 	spare      bool                       // nodes have spare sockets
+	speechless bool                       // nodes that join have no way to carry signals
 	fathoms    bool                       // nodes that join search the MTUs of their paths
 	signals    int
 }
@@ -132,6 +133,9 @@ func (w *world) join(b byte, outer string, forbidden ...netip.AddrPort) *node {
 			n.messages = append(n.messages, string(b))
 		},
 		Forbidden: func(a netip.AddrPort) bool { return a == stunAddr() || overRelay(a) || slices.Contains(forbidden, a) },
+	}
+	if w.speechless {
+		config.Signal = nil
 	}
 	if w.spare {
 		config.OpenSockets, config.CloseSockets = n.openSockets, n.closeSockets

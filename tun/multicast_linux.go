@@ -40,20 +40,42 @@ func OpenMulticast(group4, group6 netip.Addr, port uint16) (*Multicast, error) {
 		to4: net.UDPAddrFromAddrPort(netip.AddrPortFrom(group4, port)),
 		to6: net.UDPAddrFromAddrPort(netip.AddrPortFrom(group6, port)),
 	}
-	conn4, err4 := listenGroup("udp4", m.to4)
-	if err4 == nil {
-		m.v4 = ipv4.NewPacketConn(conn4)
-		err4 = m.v4.SetControlMessage(ipv4.FlagDst, true)
-	}
-	conn6, err6 := listenGroup("udp6", m.to6)
-	if err6 == nil {
-		m.v6 = ipv6.NewPacketConn(conn6)
-		err6 = m.v6.SetControlMessage(ipv6.FlagDst, true)
-	}
+	var err4, err6 error
+	m.v4, err4 = openGroup4(m.to4)
+	m.v6, err6 = openGroup6(m.to6)
 	if err4 != nil && err6 != nil {
 		return nil, fmt.Errorf("open multicast: %w", errors.Join(err4, err6))
 	}
 	return m, nil
+}
+
+// openGroup4 opens a socket that tells where datagrams were sent to: one that does
+// not is of no use in Run.
+func openGroup4(group *net.UDPAddr) (*ipv4.PacketConn, error) {
+	c, err := listenGroup("udp4", group)
+	if err != nil {
+		return nil, err
+	}
+	p := ipv4.NewPacketConn(c)
+	if err := p.SetControlMessage(ipv4.FlagDst, true); err != nil {
+		_ = p.Close()
+		return nil, fmt.Errorf("ask for destinations: %w", err)
+	}
+	return p, nil
+}
+
+// openGroup6 is openGroup4 for IPv6.
+func openGroup6(group *net.UDPAddr) (*ipv6.PacketConn, error) {
+	c, err := listenGroup("udp6", group)
+	if err != nil {
+		return nil, err
+	}
+	p := ipv6.NewPacketConn(c)
+	if err := p.SetControlMessage(ipv6.FlagDst, true); err != nil {
+		_ = p.Close()
+		return nil, fmt.Errorf("ask for destinations: %w", err)
+	}
+	return p, nil
 }
 
 // listenGroup binds to the port of a group. Go binds to all addresses instead of

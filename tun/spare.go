@@ -262,9 +262,10 @@ func (t *peers) leave(s *spare) {
 }
 
 // OpenSockets opens up to 256 IPv4 UDP sockets on free ports, all of them or
-// none, and returns the ports. Each is small, and only what is STUN-shaped is
-// taken from it, for Config.Receive; Send sends from it. SetEndpoint makes one a
-// path: like the main sockets then, for as long as a peer has it. The others are
+// none, and returns the ports. Each is small: Config.Receive gets what is
+// STUN-shaped of what it hears, messages of WireGuard and fragments of them are
+// taken as from others, and nothing else; Send sends from it. SetEndpoint makes one
+// a path: like the main sockets then, for as long as a peer has it. The others are
 // closed by CloseSockets, and all with the Device. No more than 256 that are not
 // paths may be open. They are made in the network namespace of the calling thread.
 func (d *Device) OpenSockets(n int) ([]uint16, error) { return d.bind.openSpares(n) }

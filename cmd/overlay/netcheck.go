@@ -150,6 +150,9 @@ func routerFacts(n overlay.Netcheck) [][2]string {
 	if n.MappingOff {
 		return [][2]string{{"port mapping", "not asked: switched off, or for root to know"}}
 	}
+	if n.MappingTrouble != "" {
+		return [][2]string{{"port mapping", "not asked: " + n.MappingTrouble}}
+	}
 	if len(n.Routers) == 0 {
 		return [][2]string{{"port mapping", "no router to ask"}}
 	}

@@ -116,6 +116,9 @@ func TestNetcheckPages(t *testing.T) {
 		Verdict: "UDP is blocked: everything goes over relays by TLS", Help: []string{"let UDP out"},
 	}
 	wantPage(t, blockedPage, func(out *strings.Builder) error { return showNetcheck(out, n) })
+	n.MappingTrouble = "find the router: no netlink"
+	page := strings.Replace(blockedPage, "no router to ask", "not asked: find the router: no netlink", 1)
+	wantPage(t, page, func(out *strings.Builder) error { return showNetcheck(out, n) })
 }
 
 const easyPage = `direct paths work with nearly all networks

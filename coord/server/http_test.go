@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -86,7 +87,7 @@ func TestRequestsAreStrict(t *testing.T) {
 		if c.status == 413 && !resp.Close {
 			t.Error("the connection lives after a body that is too large")
 		}
-		s.failures = newBuckets(1, failuresPerSource, s.registry.now) // each case by itself
+		s.failures = newBuckets[netip.Prefix](1, failuresPerSource, s.registry.now) // each case by itself
 	}
 }
 

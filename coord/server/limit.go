@@ -22,6 +22,7 @@ const (
 	failuresPerSource = 10 // failed joins a minute
 	failuresTotal     = 100
 	stunPerSource     = 50 // plain Binding requests a second
+	stunPerMember     = 50 // those of a session
 	stunBurst         = 200
 	bucketSlots       = 4096
 )
@@ -44,10 +45,10 @@ func networkOf(a net.Addr) netip.Prefix {
 	return netip.Prefix{}
 }
 
-// buckets limits how often something happens per network. It has a fixed size,
-// so nobody can fill memory with networks; two that share a slot, which nobody
-// can predict, share the limit. It is safe for concurrent use.
-type buckets struct {
+// buckets limits how often something happens per network, or per member. It has a
+// fixed size, so nobody can fill memory with networks; two that share a slot, which
+// nobody can predict, share the limit. It is safe for concurrent use.
+type buckets[K comparable] struct {
 	rate  float64 // per second
 	burst float64
 	seed  maphash.Seed
@@ -62,23 +63,23 @@ type bucket struct {
 	at    time.Time
 }
 
-func newBuckets(rate, burst float64, now func() time.Time) *buckets {
-	return &buckets{rate: rate, burst: burst, seed: maphash.MakeSeed(), now: now}
+func newBuckets[K comparable](rate, burst float64, now func() time.Time) *buckets[K] {
+	return &buckets[K]{rate: rate, burst: burst, seed: maphash.MakeSeed(), now: now}
 }
 
-// left says how many are left to a network; it spends none.
-func (b *buckets) left(n netip.Prefix) float64 {
+// left says how many are left to a key; it spends none.
+func (b *buckets[K]) left(key K) float64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.burst - b.refill(n).spent
+	return b.burst - b.refill(key).spent
 }
 
-// spend takes one from a network's bucket. It says false, and takes none, when
+// spend takes one from a key's bucket. It says false, and takes none, when
 // the bucket is empty.
-func (b *buckets) spend(n netip.Prefix) bool {
+func (b *buckets[K]) spend(key K) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	s := b.refill(n)
+	s := b.refill(key)
 	if s.spent+1 > b.burst {
 		return false
 	}
@@ -86,8 +87,8 @@ func (b *buckets) spend(n netip.Prefix) bool {
 	return true
 }
 
-func (b *buckets) refill(n netip.Prefix) *bucket {
-	s := &b.slots[maphash.Comparable(b.seed, n)%bucketSlots]
+func (b *buckets[K]) refill(key K) *bucket {
+	s := &b.slots[maphash.Comparable(b.seed, key)%bucketSlots]
 	now := b.now()
 	s.spent = max(0, s.spent-max(0, now.Sub(s.at).Seconds())*b.rate)
 	s.at = now

@@ -26,7 +26,7 @@ func TestNetwork(t *testing.T) {
 
 func TestBuckets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBuckets(2, 10, time.Now)
+		b := newBuckets[netip.Prefix](2, 10, time.Now)
 		n := netip.MustParsePrefix("203.0.113.0/24")
 		spend := func() (k int) {
 			for b.spend(n) {

@@ -34,7 +34,7 @@ func publicAddress(public string, listen net.Addr, log *slog.Logger) (string, er
 	if err := trust.ValidServer(address); err != nil {
 		return "", fmt.Errorf("--public %q: %w", public, err)
 	}
-	if a, err := netip.ParseAddr(host); err == nil && !reachable(a) {
+	if a, err := netip.ParseAddr(host); err == nil && !punch.Routed(a) {
 		log.Warn(fmt.Sprintf("%v is a private address; invites will only work in this LAN", a), "mend", "--public HOST[:PORT]")
 	}
 	return address, nil
@@ -70,7 +70,7 @@ func onlyReachable(addrs []net.Addr) netip.Addr {
 	var four, six []netip.Addr
 	for _, a := range addrs {
 		p, err := netip.ParsePrefix(a.String())
-		if err != nil || !reachable(p.Addr()) {
+		if err != nil || !punch.Routed(p.Addr()) {
 			continue
 		}
 		if p.Addr().Is4() {
@@ -86,9 +86,4 @@ func onlyReachable(addrs []net.Addr) netip.Addr {
 		return six[0]
 	}
 	return netip.Addr{}
-}
-
-// reachable says whether the Internet routes to a.
-func reachable(a netip.Addr) bool {
-	return a.IsGlobalUnicast() && !punch.Private(a)
 }

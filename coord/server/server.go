@@ -74,8 +74,8 @@ type Server struct {
 	hub      *hub
 	relay    *relayHost
 
-	failures    *buckets
-	allFailures *buckets
+	failures    *buckets[netip.Prefix]
+	allFailures *buckets[netip.Prefix]
 
 	listener  net.Listener
 	udp       []*net.UDPConn
@@ -168,9 +168,12 @@ func (s *Server) assemble(c Config) error {
 		store: s.store, key: s.key, pin: pin, prefix: c.Prefix,
 		now: time.Now, online: s.hub.online,
 	}
-	s.failures = newBuckets(failuresPerSource/60.0, failuresPerSource, time.Now)
-	s.allFailures = newBuckets(failuresTotal/60.0, failuresTotal, time.Now)
-	stun := &stunServer{open: s.hub.open, tokens: s.hub.tokens, limit: newBuckets(stunPerSource, stunBurst, time.Now), sockets: s.udp}
+	s.failures = newBuckets[netip.Prefix](failuresPerSource/60.0, failuresPerSource, time.Now)
+	s.allFailures = newBuckets[netip.Prefix](failuresTotal/60.0, failuresTotal, time.Now)
+	stun := &stunServer{
+		open: s.hub.open, tokens: s.hub.tokens, sockets: s.udp,
+		limit: newBuckets[netip.Prefix](stunPerSource, stunBurst, time.Now), members: newBuckets[trust.Key](stunPerMember, stunBurst, time.Now),
+	}
 	s.relay, err = newRelayHost(s.hub, s.log, relaySettings{key: s.key, answer: stun.answer, rate: c.RelayRate})
 	if err != nil {
 		return err

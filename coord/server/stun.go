@@ -19,14 +19,17 @@ type sessionID [sessionLen]byte
 // name learns his address, at a limited rate. A node asks with the user name of
 // its stream and MESSAGE-INTEGRITY under a key of that stream's TLS connection,
 // or, while it has no stream, with those of its session at the relay; it gets a
-// token too. All else is met with silence. It is safe for concurrent use.
+// token too. What a member gets has a limit as well, wherever it asks from: it could
+// name a stranger's address. All else is met with silence. It is safe for
+// concurrent use.
 type stunServer struct {
 	open *streams
 	// relayed finds the device behind a session of the relay; nil: nobody's.
 	relayed func(user []byte) (key []byte, device [32]byte, ok bool)
 
 	tokens  *tokens
-	limit   *buckets
+	limit   *buckets[netip.Prefix]
+	members *buckets[trust.Key]
 	sockets []*net.UDPConn
 }
 
@@ -54,7 +57,8 @@ func (s *stunServer) answer(b []byte, from, at netip.AddrPort) []byte {
 }
 
 func (s *stunServer) binding(b []byte, from netip.AddrPort) []byte {
-	return punch.AnswerBinding(b, from, func(user []byte) (key, token []byte, ok bool) {
+	var member *trust.Key
+	out := punch.AnswerBinding(b, from, func(user []byte) (key, token []byte, ok bool) {
 		if user == nil {
 			return nil, nil, s.limit.spend(network(from.Addr()))
 		}
@@ -62,8 +66,13 @@ func (s *stunServer) binding(b []byte, from netip.AddrPort) []byte {
 		if !ok {
 			return nil, nil, false
 		}
+		member = &device
 		return key, s.tokens.make(device, from), true
 	})
+	if out != nil && member != nil && !s.members.spend(*member) { // after the proof that it is the member
+		return nil
+	}
+	return out
 }
 
 // session is whose user name that is, and the key that goes with it.

@@ -22,7 +22,10 @@ func stunWorld() (*stunServer, sessionID, []byte) {
 	relayed := func(user []byte) ([]byte, [32]byte, bool) {
 		return key, trust.Key{7}, bytes.Equal(user, relayUser())
 	}
-	return &stunServer{open: open, relayed: relayed, tokens: newTokens(now), limit: newBuckets(stunPerSource, stunBurst, now)}, id, key
+	return &stunServer{
+		open: open, relayed: relayed, tokens: newTokens(now),
+		limit: newBuckets[netip.Prefix](stunPerSource, stunBurst, now), members: newBuckets[trust.Key](stunPerMember, stunBurst, now),
+	}, id, key
 }
 
 // relayUser names a session at the relay.
@@ -36,6 +39,9 @@ func binding(t testing.TB, setters ...stun.Setter) []byte {
 	}
 	return m.Raw
 }
+
+// maxDatagram is more than a request may have, in bytes.
+const maxDatagram = 1500
 
 // here is the address that is asked.
 func here() netip.AddrPort { return netip.MustParseAddrPort("192.0.2.1:3478") }
@@ -64,7 +70,7 @@ func TestSTUNAnswers(t *testing.T) {
 		"unknown session":        {binding(t, stun.NewUsername("0123456789abcdef"), padding(), mac), false, false},
 		"short session":          {binding(t, stun.NewUsername("x"), padding(), mac), false, false},
 		"a response":             {must(stun.Build(stun.TransactionID, stun.BindingSuccess)).Raw, false, false},
-		"too long":               {binding(t, stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, punch.MaxQuestion)}), false, false},
+		"too long":               {binding(t, stun.RawAttribute{Type: punch.AttrPadding, Value: make([]byte, maxDatagram)}), false, false},
 		"cut short":              {binding(t, padding())[:40], false, false},
 		"not STUN":               {[]byte("hello, is anybody there? hello"), false, false},
 		"nothing":                {nil, false, false},
@@ -128,7 +134,7 @@ func checkAnswer(t *testing.T, s *stunServer, request, answer []byte, from netip
 	}
 }
 
-// Plain requests are limited per network; nodes are not.
+// Plain requests are limited per network; those of nodes are not among them.
 func TestSTUNLimit(t *testing.T) {
 	s, id, key := stunWorld()
 	plain, answered := binding(t), 0
@@ -147,6 +153,39 @@ func TestSTUNLimit(t *testing.T) {
 	signed := binding(t, stun.NewUsername(string(id[:])), padding(), stun.MessageIntegrity(key))
 	if s.answer(signed, addr("203.0.113.1:1000"), here()) == nil {
 		t.Error("a node of that network gets no answer")
+	}
+}
+
+// A member has no more answers sent in a second than a node needs, wherever its
+// requests say that they come from; what others ask for from there is not affected.
+func TestSTUNLimitOfMember(t *testing.T) {
+	s, id, key := stunWorld()
+	other := sessionID{4}
+	s.open.sessions[other] = &stream{device: trust.Key{8}, key: key}
+	ask := func(user []byte) func(from netip.AddrPort) bool {
+		b := binding(t, stun.NewUsername(string(user)), padding(), stun.MessageIntegrity(key))
+		return func(from netip.AddrPort) bool { return s.answer(b, from, here()) != nil }
+	}
+	stream, relayed := ask(id[:]), ask(relayUser())
+	forged := binding(t, stun.NewUsername(string(other[:])), padding(), stun.MessageIntegrity("guess"))
+	answered := 0
+	for i := range 3 * stunBurst {
+		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, byte(i), 113}), 1000)
+		if stream(from) {
+			answered++
+		}
+		s.answer(forged, from, here())
+	}
+	if answered != stunBurst {
+		t.Errorf("%d answers to one member at once", answered)
+	}
+	if relayed(addr("203.0.113.1:1000")) {
+		t.Error("its session at the relay counts by itself")
+	}
+	for i := range stunBurst {
+		if !ask(other[:])(addr("203.0.0.113:1000")) {
+			t.Fatalf("another member, %d requests: no answer", i+1)
+		}
 	}
 }
 
@@ -178,7 +217,7 @@ func TestSTUNOnSockets(t *testing.T) {
 			}
 			_ = c.SetDeadline(time.Now().Add(5 * time.Second))
 			_, _ = c.Write(request)
-			b := make([]byte, punch.MaxQuestion)
+			b := make([]byte, maxDatagram)
 			n, err := c.Read(b)
 			if err != nil {
 				t.Fatalf("%v: %v", to, err)
@@ -243,7 +282,7 @@ func exchange(t *testing.T, b []byte, to netip.AddrPort) ([]byte, netip.AddrPort
 	if _, err := c.WriteToUDPAddrPort(b, to); err != nil {
 		t.Fatal(err)
 	}
-	buf := make([]byte, punch.MaxQuestion)
+	buf := make([]byte, maxDatagram)
 	n, from, err := c.ReadFromUDPAddrPort(buf)
 	if err != nil {
 		t.Fatalf("%v: %v", to, err)
@@ -306,7 +345,7 @@ func TestSTUNReplyPort(t *testing.T) {
 		if len(who.Username) == 0 {
 			answered = conns[0]
 		}
-		b := make([]byte, punch.MaxQuestion)
+		b := make([]byte, maxDatagram)
 		n, from, err := answered.ReadFromUDPAddrPort(b)
 		if mapped, ok := q.Answered(b[:n]); err != nil || !ok || mapped != at(0) || from != to || n > len(q.Raw) && len(who.Username) > 0 {
 			t.Errorf("%q: %d bytes from %v say %v %v (%v)", who.Username, n, from, mapped, ok, err)

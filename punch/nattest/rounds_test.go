@@ -59,6 +59,26 @@ func TestRoundsFound(t *testing.T) {
 	})
 }
 
+// TestRoundsFoundAtOnce has a round say that it found the peer as soon as it did,
+// while its last answers are still waited for.
+func TestRoundsFoundAtOnce(t *testing.T) {
+	nats := [2]nattest.NAT{{Mapping: apdm, Filtering: apdm, Sequential: 1}, nattest.Masquerade()}
+	during(t, 1, nats, func(t *testing.T, a, b *nattest.Node) {
+		for range 800 {
+			time.Sleep(10 * time.Millisecond)
+			for _, pair := range [][2]*nattest.Node{{a, b}, {b, a}} {
+				r, direct := roundsOf(t, pair[0], pair[1]), isDirect(pair[0], pair[1])
+				if r.InVain != 0 || direct && (r.State != punch.RoundNone || r.Packets > 0 && r.Ended != punch.RoundFound) {
+					t.Fatalf("direct %v: %+v", direct, r)
+				}
+			}
+		}
+		if !isDirect(a, b) {
+			t.Error("never direct")
+		}
+	})
+}
+
 // TestRoundsInVain has rounds within blocks of ports that are not the peer's any
 // more: they say what they try while they are at work, and when the next may begin.
 func TestRoundsInVain(t *testing.T) {

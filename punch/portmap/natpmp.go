@@ -41,7 +41,7 @@ type natpmp struct {
 	route Route
 	port  uint16
 	epoch epoch
-	told  netip.Addr // the router's outer address; zero: it was not told yet
+	told  netip.Addr // the router's outer address; zero: not since find
 }
 
 func newNATPMP(r Route, port uint16) *natpmp { return &natpmp{route: r, port: port} }
@@ -49,6 +49,7 @@ func newNATPMP(r Route, port uint16) *natpmp { return &natpmp{route: r, port: po
 func (*natpmp) name() string { return NATPMP }
 
 func (n *natpmp) find(ctx context.Context) error {
+	n.told = netip.Addr{} // it may be another router by now
 	_, err := n.address(ctx)
 	return err
 }

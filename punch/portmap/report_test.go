@@ -1,6 +1,7 @@
 package portmap
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"reflect"
@@ -63,5 +64,29 @@ func TestProbeInSilence(t *testing.T) {
 	}
 	if _, err := Probe(t.Context(), Config{}, nil); !errors.Is(err, errNoPort) {
 		t.Errorf("without a port: %v", err)
+	}
+}
+
+// A router that told its address once, and says nothing when it is looked for anew,
+// has none: there may be another one in its place.
+func TestOuterIsForgotten(t *testing.T) {
+	r, g := newRouter(t), newIGD(t)
+	r.set(func() { r.pmp, r.result = true, 2 })
+	for _, p := range []protocol{newNATPMP(r.route(), testPort), newUPnP(g.route(), testPort, "test")} {
+		if err := p.find(timely(t)); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = p.ask(timely(t), wanted()) // UPnP tells then
+		if got := outerOf([]protocol{p}); got != outer() {
+			t.Fatalf("%s: told %v", p.name(), got)
+		}
+		over, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := p.find(over); err == nil {
+			t.Fatalf("%s: found by nobody", p.name())
+		}
+		if got := outerOf([]protocol{p}); got.IsValid() {
+			t.Errorf("%s: %v although nobody says so any more", p.name(), got)
+		}
 	}
 }

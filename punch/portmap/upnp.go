@@ -40,7 +40,7 @@ type upnp struct {
 	client *http.Client
 	found  []service  // by find
 	used   service    // by ask
-	told   netip.Addr // the router's outer address; zero: it was not told yet
+	told   netip.Addr // the router's outer address; zero: not since find
 }
 
 func newUPnP(r Route, port uint16, label string) *upnp {
@@ -50,6 +50,7 @@ func newUPnP(r Route, port uint16, label string) *upnp {
 func (*upnp) name() string { return UPnP }
 
 func (u *upnp) find(ctx context.Context) error {
+	u.told = netip.Addr{} // it may be another router by now
 	b, err := search(ctx, u.route)
 	if err != nil {
 		return err

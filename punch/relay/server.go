@@ -68,7 +68,7 @@ type Server struct {
 	flowRate, nodeRate, controlRate, challengeRate, moveRate, refusalRate rate
 	totalRate                                                             *rate // nil: no bound
 	total                                                                 meter
-	fair                                                                  atomic.Pointer[rate] // of totalRate, for each node; nil: no bound, or no flow
+	fair                                                                  atomic.Pointer[rate] // of totalRate, for each node with flows; nil: no bound, or never a flow
 
 	cookies    cookies
 	challenges *buckets

@@ -1,7 +1,6 @@
 package overlay
 
 import (
-	"context"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -13,8 +12,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"overlay/coord"
 	"overlay/coord/trust"
@@ -105,15 +102,7 @@ func startPeerRelay(t *testing.T, r *roster, key [32]byte) *peerHost {
 		h.published = append(h.published, h.peerRelay.published())
 	}
 	h.config = relay.ServerConfig{PrivateKey: key, Verify: h.verify, MaxNodes: peerRelayNodes, MaxFlows: peerRelayFlows, TotalRate: 1 << 20}
-	ctx, cancel := context.WithCancel(context.Background())
-	var g errgroup.Group
-	g.Go(func() error { return h.run(ctx) })
-	t.Cleanup(func() {
-		cancel()
-		if err := g.Wait(); err != nil {
-			t.Error(err)
-		}
-	})
+	untilEnd(t, h.run)
 	return h
 }
 

@@ -263,7 +263,7 @@ func TestPeerRelayNotWanted(t *testing.T) {
 	for name, change := range map[string]func(*peerWorld){
 		"direct":      func(w *peerWorld) { w.note(func() { w.typ = punch.Host }) },
 		"near server": func(w *peerWorld) { w.up("server0", 5*ms); w.says(map[byte]uint16{'0': 5}) },
-		"revoked":     func(w *peerWorld) { w.note(func() { w.offered = false }) },
+		"not offered": func(w *peerWorld) { w.note(func() { w.offered = false }) },
 		"bob himself": func(w *peerWorld) { w.note(func() { w.carrier.key = w.bob.key }) },
 		"without UDP": func(w *peerWorld) { w.state("server0", relay.State{Transport: relay.TLS, RTT: 100 * ms}) },
 		"offline":     func(w *peerWorld) { w.note(func() { w.bob.online = false }); w.says(map[byte]uint16{'0': 100}) },

@@ -15,8 +15,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"overlay/coord"
 	"overlay/coord/trust"
 	"overlay/punch"
@@ -93,6 +91,7 @@ func freePort(t *testing.T) uint16 {
 	return c.LocalAddr().(*net.UDPAddr).AddrPort().Port()
 }
 
+// startPeerRelay runs the relay of a node, at first without pairs to relay for.
 func startPeerRelay(t *testing.T, r *roster, key [32]byte) *peerHost {
 	t.Helper()
 	return startPeerRelayAt(t, r, key, freePort(t))
@@ -100,7 +99,7 @@ func startPeerRelay(t *testing.T, r *roster, key [32]byte) *peerHost {
 
 func startPeerRelayAt(t *testing.T, r *roster, key [32]byte, port uint16) *peerHost {
 	t.Helper()
-	h := &peerHost{roster: r, pairs: true}
+	h := &peerHost{roster: r}
 	h.peerRelay = &peerRelay{
 		doorkeeper: doorkeeper{&h.mu, r.mesh}, port: port, log: slog.New(slog.DiscardHandler), wake: make(chan struct{}, 1),
 		useful:   func() bool { h.mu.Lock(); defer h.mu.Unlock(); return h.pairs },
@@ -113,16 +112,16 @@ func startPeerRelayAt(t *testing.T, r *roster, key [32]byte, port uint16) *peerH
 		h.published = append(h.published, h.peerRelay.published())
 	}
 	h.config = relay.ServerConfig{PrivateKey: key, Verify: h.verify, MaxNodes: peerRelayNodes, MaxFlows: peerRelayFlows, TotalRate: 1 << 20}
-	ctx, cancel := context.WithCancel(context.Background())
-	var g errgroup.Group
-	g.Go(func() error { return h.run(ctx) })
-	t.Cleanup(func() {
-		cancel()
-		if err := g.Wait(); err != nil {
-			t.Error(err)
-		}
-	})
+	untilEnd(t, h.run)
 	return h
+}
+
+// pair has others come that the relay may serve.
+func (h *peerHost) pair() {
+	h.mu.Lock()
+	h.pairs = true
+	h.mu.Unlock()
+	h.look()
 }
 
 // link connects a node to the relay over UDP.
@@ -139,6 +138,7 @@ func TestPeerRelayServes(t *testing.T) {
 	r := m.roster(self)
 	r.apply(&coord.Netmap{Nodes: []coord.Node{alice.node, eve.node}, Revocations: []trust.Document{m.revoke(eve)}}, true)
 	h := startPeerRelay(t, r, self.w)
+	h.pair()
 	eventually(t, "not offered", func() bool { return h.peerRelay.published() == h.own() })
 	public := [32]byte(self.w.PublicKey())
 	a, b := h.link(t, alice, public), h.link(t, bob, public)
@@ -166,16 +166,18 @@ func TestPeerRelayServes(t *testing.T) {
 	}
 }
 
-// It runs only while it is of use and others reach it.
-func TestPeerRelayComesAndGoes(t *testing.T) {
+// It runs only when it is of use, and says where others reach it.
+func TestPeerRelayComes(t *testing.T) {
 	m := newTestMesh(t)
 	self := m.node("carol", m.signer)
 	h := startPeerRelay(t, m.roster(self), self.w)
-	running := func(want bool) {
-		t.Helper()
-		eventually(t, "running or not", func() bool { return (h.status() != nil) == want })
+	h.look()
+	eventually(t, "it does not look", func() bool { return len(h.wake) == 0 })
+	if h.status() != nil {
+		t.Error("it runs for nobody")
 	}
-	running(true)
+	h.pair()
+	eventually(t, "it does not run", func() bool { return h.status() != nil })
 	h.mu.Lock()
 	h.port = h.own() + 1 // the router maps another one
 	h.mu.Unlock()
@@ -242,6 +244,7 @@ func TestPeerRelayPortTaken(t *testing.T) {
 	self := m.node("carol", m.signer)
 	taken := other.LocalAddr().(*net.UDPAddr).AddrPort().Port()
 	h := startPeerRelayAt(t, m.roster(self), self.w, taken)
+	h.pair()
 	h.setMapped(nil, true)
 	eventually(t, "it does not run", func() bool { return h.peerRelay.published() != 0 })
 	at := h.peerRelay.published()
@@ -309,34 +312,40 @@ func TestPeerRelayAsksRouters(t *testing.T) {
 	}
 }
 
-// A moment without an address does not end the flows.
+// A moment without an address, or without others, does not end the flows.
 func TestPeerRelayGrace(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var port atomic.Int32
-		server := &relay.Server{}
-		r := &peerRelay{
-			useful: func() bool { return true }, place: func([]portmap.Mapping) uint16 { return uint16(port.Load()) },
-			mapPorts: func() {}, publish: func() {}, wake: make(chan struct{}, 1), open: 4000,
-		}
-		done := make(chan struct{})
-		go func() { r.watch(t.Context(), server); close(done) }()
-		set := func(to int32, d time.Duration) (over bool) {
-			port.Store(to)
-			r.look()
-			time.Sleep(d)
-			synctest.Wait()
-			select {
-			case <-done:
-				return true
-			default:
-				return false
+	type state struct {
+		port  uint16
+		pairs bool
+	}
+	fine := state{4000, true}
+	for _, lost := range []state{{0, true}, {4000, false}} {
+		synctest.Test(t, func(t *testing.T) {
+			var now atomic.Pointer[state]
+			r := &peerRelay{
+				useful: func() bool { return now.Load().pairs }, place: func([]portmap.Mapping) uint16 { return now.Load().port },
+				mapPorts: func() {}, publish: func() {}, wake: make(chan struct{}, 1), open: fine.port,
 			}
-		}
-		if set(0, peerRelayGrace-time.Second) || set(4000, 3*peerRelayGrace) {
-			t.Fatal("ended although it is reached")
-		}
-		if !set(0, peerRelayGrace+time.Second) {
-			t.Fatal("goes on although nobody reaches it")
-		}
-	})
+			done := make(chan struct{})
+			go func() { r.watch(t.Context(), &relay.Server{}); close(done) }()
+			set := func(s state, d time.Duration) (over bool) {
+				now.Store(&s)
+				r.look()
+				time.Sleep(d)
+				synctest.Wait()
+				select {
+				case <-done:
+					return true
+				default:
+					return false
+				}
+			}
+			if set(lost, peerRelayGrace-time.Second) || set(fine, 3*peerRelayGrace) {
+				t.Fatalf("%+v for a moment ended it", lost)
+			}
+			if !set(lost, peerRelayGrace+time.Second) {
+				t.Fatalf("goes on although %+v", lost)
+			}
+		})
+	}
 }

@@ -59,6 +59,20 @@ func relayDir(t *testing.T, m *testMesh, r testNode, known *coord.Netmap) string
 	return st.dir
 }
 
+// untilEnd has something run until the test ends.
+func untilEnd(t *testing.T, run func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // startRelayHost runs a relay on loopback without a server.
 func startRelayHost(t *testing.T, m *testMesh, r testNode, known *coord.Netmap) *relayHost {
 	t.Helper()
@@ -72,16 +86,8 @@ func startRelayHost(t *testing.T, m *testMesh, r testNode, known *coord.Netmap) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	var g errgroup.Group
-	g.Go(func() error { return h.run(ctx) })
-	t.Cleanup(func() {
-		cancel()
-		if err := g.Wait(); err != nil {
-			t.Error(err)
-		}
-		sockets.close()
-	})
+	t.Cleanup(sockets.close)
+	untilEnd(t, h.run)
 	return h
 }
 

@@ -47,11 +47,17 @@ func (s *session) newLinks() *links {
 
 // openLink makes the client of a link.
 func (s *session) openLink(k *relayLink, boot uint64) (relayClient, error) {
+	return relay.NewClient(s.linkConfig(k, boot))
+}
+
+// linkConfig is how a link is held: those of peers have UDP alone, and are given up
+// after some tries.
+func (s *session) linkConfig(k *relayLink, boot uint64) relay.ClientConfig {
 	dial, tries := func(ctx context.Context) (net.Conn, [16]byte, error) { return s.dialRelay(ctx, k) }, 0
 	if k.info.peer {
 		dial, tries = nil, peerHellos
 	}
-	return relay.NewClient(relay.ClientConfig{
+	return relay.ClientConfig{
 		Relay:       k.info.key,
 		PrivateKey:  s.keys.WireGuard,
 		Device:      s.keys.Device,
@@ -64,7 +70,7 @@ func (s *session) openLink(k *relayLink, boot uint64) (relayClient, error) {
 		OnState:     func(st relay.State) { s.links.onState(k, st) },
 		OnPeer:      func(p punch.Key, here bool) { s.links.onPeer(k, p, here) },
 		Log:         s.log.With("relay", k.info.name),
-	})
+	}
 }
 
 // dialRelay opens a TLS connection to a relay, upgraded to frames, with what

@@ -97,6 +97,17 @@ func TestCachedRelay(t *testing.T) {
 	}
 }
 
+// The relay inside a peer has no TLS, and few tries.
+func TestLinkConfig(t *testing.T) {
+	s := &session{settings: &settings{}, keys: &keys{}, log: slog.New(slog.DiscardHandler)}
+	if c := s.linkConfig(&relayLink{info: relayInfo{peer: true}}, 0); c.Dial != nil || c.Tries != peerHellos {
+		t.Errorf("a peer: TLS %v, %d tries", c.Dial != nil, c.Tries)
+	}
+	if c := s.linkConfig(&relayLink{}, 0); c.Dial == nil || c.Tries != 0 {
+		t.Errorf("a relay: TLS %v, %d tries", c.Dial != nil, c.Tries)
+	}
+}
+
 // With the server out of reach a call comes out of a flow, and its answer goes
 // into one.
 func TestSignalsThroughRelays(t *testing.T) {

@@ -1,26 +1,18 @@
 package punch
 
 import (
-	"errors"
 	"net/netip"
 	"slices"
 	"testing"
 	"time"
 )
 
-// sayFresh has a hostile member tell of a fresh socket at an address that it does
-// not name as a candidate.
-func (n *node) sayFresh(to *node, kind signalKind, at netip.AddrPort) {
-	n.mu.Lock()
-	p := n.peers[to.key]
-	p.counter++
-	s := signal{kind: kind, boot: n.boot, counter: p.counter, nonce: n.nonce}
-	s.hard = side{nat: NAT{Mapping: EndpointIndependent}, addr: at}
-	s.candidates = []Candidate{{Addr: n.outer, Type: ServerReflexive}}
-	sealed := p.secrets.seal(s.marshal())
-	n.mu.Unlock()
-	if err := to.HandleSignal(n.key, sealed); err != nil && !errors.Is(err, errSignalStale) {
-		n.w.t.Error(err)
+// freshAt tells of a fresh socket at an address that the node does not name as a
+// candidate.
+func (n *node) freshAt(kind signalKind, at netip.AddrPort) signal {
+	return signal{
+		kind: kind, hard: side{nat: NAT{Mapping: EndpointIndependent}, addr: at},
+		candidates: []Candidate{{Addr: n.outer, Type: ServerReflexive}},
 	}
 }
 
@@ -43,7 +35,7 @@ func insist(w *world, order [2]byte, ip netip.Addr) []wire {
 		a.Demand(b.key)
 		for _, kind := range []signalKind{signalFresh, signalMeet} {
 			port++
-			b.sayFresh(a, kind, netip.AddrPortFrom(ip, port))
+			b.signalTo(a, b.freshAt(kind, netip.AddrPortFrom(ip, port)))
 		}
 	}
 	var found []wire
@@ -76,7 +68,7 @@ func TestFreshFew(t *testing.T) {
 			for _, x := range got {
 				each[x.to]++
 			}
-			if len(got) == 0 || len(got) > 250 {
+			if len(got) == 0 || len(got) > 130 {
 				t.Errorf("%v: %d packets", order, len(got))
 			}
 			for to, n := range each {
@@ -104,5 +96,35 @@ func TestFreshIsOpen(t *testing.T) {
 			t.Errorf("socket %d is closed, and told of", h.fresh.port)
 		}
 		a.effects, h.open, h.opening, h.sweepAt = nil, nil, false, time.Time{}
+	})
+}
+
+// TestFreshAnswers has a member tell of the same socket fifty times a second. The
+// signals that may be sent to it are not all spent on answers.
+func TestFreshAnswers(t *testing.T) {
+	inWorld(t, func(w *world) {
+		w.spare = true
+		a, b := w.gathered(2, outerA), w.gathered(1, outerB)
+		w.setDrop(func(x wire) bool { return x.to != stunAddr() })
+		sent := 0
+		w.setCarry(func(from, _ *node) error {
+			if from == b {
+				return errLost
+			}
+			sent++
+			return nil
+		})
+		meet(a, b)
+		rest(time.Second)
+		sent = 0
+		const seconds = 60
+		for range seconds * 50 {
+			a.Demand(b.key)
+			b.signalTo(a, b.freshAt(signalFresh, nextPort(b.outer)))
+			rest(20 * time.Millisecond)
+		}
+		if most := seconds * (freshRate/2 + 1); sent < seconds || sent > most {
+			t.Errorf("%d signals in %d s, want at most %d", sent, seconds, most)
+		}
 	})
 }

@@ -27,18 +27,9 @@ func (n *node) closeSockets(ports []uint16) {
 	n.spare -= len(ports)
 }
 
-// say has a hostile member say something about its NAT.
-func (n *node) say(to *node, kind signalKind, about side) {
-	n.mu.Lock()
-	p := n.peers[to.key]
-	p.counter++
-	s := signal{kind: kind, boot: n.boot, counter: p.counter, nonce: n.nonce, hard: about}
-	s.candidates = []Candidate{{Addr: about.addr, Type: ServerReflexive}}
-	sealed := p.secrets.seal(s.marshal())
-	n.mu.Unlock()
-	if err := to.HandleSignal(n.key, sealed); err != nil && !errors.Is(err, errSignalStale) {
-		n.w.t.Error(err)
-	}
+// tells is what a member says of its NAT.
+func tells(kind signalKind, about side) signal {
+	return signal{kind: kind, hard: about, candidates: []Candidate{{Addr: about.addr, Type: ServerReflexive}}}
 }
 
 // hostile has a member ask for rounds, and agree to them, all the time for an
@@ -60,7 +51,7 @@ func hostile(w *world, first, second byte, name, ip string) []wire {
 	for end := time.Now().Add(time.Hour); time.Now().Before(end); rest(500 * time.Millisecond) {
 		a.Demand(b.key)
 		for _, kind := range []signalKind{signalPropose, signalAgree, signalGo} {
-			b.say(a, kind, about)
+			b.signalTo(a, tells(kind, about))
 		}
 	}
 	var found []wire
@@ -156,7 +147,7 @@ func TestHardFair(t *testing.T) {
 			say := func(n *node, kinds ...signalKind) {
 				a.Demand(n.key)
 				for _, kind := range kinds {
-					n.say(a, kind, sides(n.outer.Addr().String())["random"])
+					n.signalTo(a, tells(kind, sides(n.outer.Addr().String())["random"]))
 				}
 			}
 			meet(a, greedy)

@@ -16,10 +16,10 @@ func TestInsistentMember(t *testing.T) {
 		meet(a, b)
 		begin := time.Now()
 		for time.Since(begin) < time.Minute {
-			b.name(a, signalCall, []Candidate{
+			b.signalTo(a, signal{kind: signalCall, candidates: []Candidate{
 				{Addr: netip.MustParseAddrPort("203.0.113.2:4002"), Type: ServerReflexive}, // where it is not
 				{Addr: victims[0], Type: Host}, {Addr: victims[1], Type: Host},
-			})
+			}})
 			rest(100 * time.Millisecond)
 		}
 		sent := 0
@@ -74,7 +74,7 @@ func TestManyChanges(t *testing.T) {
 		for change := range 24 {
 			begin := time.Now()
 			a.NetworkChanged()
-			b.name(a, signalCall, append(list, Candidate{Addr: b.outer, Type: ServerReflexive}))
+			b.signalTo(a, signal{kind: signalCall, candidates: append(list, Candidate{Addr: b.outer, Type: ServerReflexive})})
 			rest(400 * time.Millisecond)
 			if got := len(w.between(a.outer, b.outer, begin)); got < 1 {
 				t.Errorf("change %d: %d packets to the peer, want some", change, got)

@@ -94,25 +94,12 @@ func TestSiteByOwnWord(t *testing.T) {
 			}
 			a.SetPeer(info)
 			begin := time.Now()
-			b.claim(a, Candidate{Addr: here, Type: ServerReflexive}, Candidate{Addr: inner, Type: Host})
+			b.SetPeer(a.info())
+			b.signalTo(a, signal{kind: signalCall, candidates: []Candidate{{Addr: here, Type: ServerReflexive}, {Addr: inner, Type: Host}}})
 			rest(3 * time.Second)
 			if got := len(w.between(a.outer, inner, begin)); got != want {
 				t.Errorf("published %v: %d checks, want %d", published, got, want)
 			}
 		})
-	}
-}
-
-// claim has n say in a call where it is.
-func (n *node) claim(to *node, list ...Candidate) {
-	n.SetPeer(to.info())
-	n.mu.Lock()
-	p := n.peers[to.key]
-	p.counter++
-	s := signal{kind: signalCall, boot: n.boot, counter: p.counter, nonce: n.nonce, candidates: list}
-	sealed := p.secrets.seal(s.marshal())
-	n.mu.Unlock()
-	if err := to.HandleSignal(n.key, sealed); err != nil {
-		n.w.t.Error(err)
 	}
 }

@@ -2,24 +2,10 @@ package punch
 
 import (
 	"encoding/binary"
-	"errors"
 	"net/netip"
 	"testing"
 	"time"
 )
-
-// name has a hostile member say where it is.
-func (n *node) name(to *node, kind signalKind, list []Candidate) {
-	n.mu.Lock()
-	p := n.peers[to.key]
-	p.counter++
-	s := signal{kind: kind, boot: n.boot, counter: p.counter, nonce: n.nonce, candidates: list}
-	sealed := p.secrets.seal(s.marshal())
-	n.mu.Unlock()
-	if err := to.HandleSignal(n.key, sealed); err != nil && !errors.Is(err, errSignalStale) {
-		n.w.t.Error(err)
-	}
-}
 
 // TestRestlessMember has a member name other addresses all the time. A router
 // remembers each that a packet went to for half a minute.
@@ -37,7 +23,7 @@ func TestRestlessMember(t *testing.T) {
 				ip := netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, 0xcb007200+count)))
 				list = append(list, Candidate{Addr: netip.AddrPortFrom(ip, 5000), Type: Host})
 			}
-			b.name(a, signalCall, list)
+			b.signalTo(a, signal{kind: signalCall, candidates: list})
 		}
 		last, most := map[netip.AddrPort]time.Time{}, 0
 		for _, x := range w.all() {

@@ -208,12 +208,7 @@ func TestAddressLost(t *testing.T) {
 		rest(200 * time.Millisecond)
 		b.wantPath(a, a.outer)
 		a.wantPath(b, b.outer)
-		opened := w.between(a.outer, b.outer, begin)[0].at
-		for _, x := range w.between(b.outer, a.outer, begin) {
-			if x.ttl == 0 && x.at.Before(opened) {
-				t.Errorf("full TTL at %v, opened at %v", x.at.Sub(begin), opened.Sub(begin))
-			}
-		}
+		w.wantOpenedFirst(a, b, begin)
 	})
 }
 

@@ -305,6 +305,19 @@ func (n *node) signal(to Key, sealed []byte) error {
 	return nil
 }
 
+// signalTo has a node, hostile or not, say something to another one by itself.
+func (n *node) signalTo(to *node, s signal) {
+	n.mu.Lock()
+	p := n.peers[to.key]
+	p.counter++
+	s.boot, s.counter, s.nonce = n.boot, p.counter, n.nonce
+	sealed := p.secrets.seal(s.marshal())
+	n.mu.Unlock()
+	if err := to.HandleSignal(n.key, sealed); err != nil && !errors.Is(err, errSignalStale) {
+		n.w.t.Error(err)
+	}
+}
+
 func (n *node) onPath(p Path) {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
@@ -410,13 +423,24 @@ func (w *world) setFail(fail func(wire) error) {
 	w.fail = fail
 }
 
-// wantPath wants the path of n to peer to lead to an address.
 func (w *world) setCarry(carry func(from, to *node) error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.carry = carry
 }
 
+// wantOpenedFirst wants b to send at full TTL only after a has opened its NAT.
+func (w *world) wantOpenedFirst(a, b *node, since time.Time) {
+	w.t.Helper()
+	opened := w.between(a.outer, b.outer, since)[0].at
+	for _, x := range w.between(b.outer, a.outer, since) {
+		if x.ttl == 0 && x.at.Before(opened) {
+			w.t.Errorf("full TTL at %v, opened at %v", x.at.Sub(since), opened.Sub(since))
+		}
+	}
+}
+
+// wantPath wants the path of n to peer to lead to an address.
 func (n *node) wantPath(peer *node, addr netip.AddrPort) {
 	n.w.t.Helper()
 	if path, ok := n.Path(peer.key); path.Addr != addr || ok != addr.IsValid() {

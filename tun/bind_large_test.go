@@ -7,7 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -140,13 +139,7 @@ func TestSegmentationComesBack(t *testing.T) {
 // A train that is refused in the middle of a batch goes on where it was refused.
 func TestSendResumes(t *testing.T) {
 	s := newSpace(t)
-	s.do(t, func() error {
-		l, err := netlink.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkSetMTU(l, 1500)
-	})
+	s.setMTU(t, "lo", 1500)
 	var a, b *opened
 	var toB *endpoint
 	s.do(t, func() error {

@@ -117,36 +117,47 @@ func relayedPair(t *testing.T, ca, cb Config) (a, b *opened, toB, toA *endpoint,
 	return a, b, a.way(keyB), b.way(keyA), f
 }
 
+// exchange sends messages from the first of two to the other, which get there whole
+// and in order, and an answer back, which comes from the endpoint of the path.
+func exchange(t *testing.T, both [2]*opened, to [2]*endpoint, out [][]byte) {
+	t.Helper()
+	check(t, both[0].Send(out, to[0]))
+	both[1].arrives(t, out)
+	back := wireGuard(typeResponse, 9, responseSize)
+	check(t, both[1].Send([][]byte{back}, to[1]))
+	if m := both[0].next(t); m.ep != to[0] || !bytes.Equal(m.data, back) {
+		t.Fatalf("answer of %d bytes from %v", len(m.data), m.ep)
+	}
+}
+
+// lostNone wants nothing to have been dropped on arrival.
+func (b *opened) lostNone(t *testing.T) {
+	t.Helper()
+	if n := b.drops.fragments.Load() + b.drops.incomplete.Load() + b.drops.foreign.Load(); n != 0 {
+		t.Errorf("%d drops", n)
+	}
+}
+
 // Messages of all sizes go through a relay, by any mixture of transports, with
 // and without offloads.
 func TestRelayCarries(t *testing.T) {
 	for _, off := range []string{"", "-gso", "-gro"} {
-		a, b, toB, toA, f := relayedPair(t, Config{Offloads: off}, Config{Offloads: off})
-		for round := range 4 {
-			f.set(0, round&1 != 0)
-			f.set(1, round&2 != 0)
-			// Batches that the forwarder's socket has room for.
-			for i, batch := range [][]int{{62000, 96}, {5502, 5502, 1432, 1432, 1433, 64}, {maxPacket}, {80}} {
-				var out [][]byte
-				for j, n := range batch {
-					out = append(out, dataMessage(3, uint64(round*100+i*10+j), n))
+		t.Run("offloads"+off, func(t *testing.T) {
+			a, b, toB, toA, f := relayedPair(t, Config{Offloads: off}, Config{Offloads: off})
+			for round := range 4 {
+				f.set(0, round&1 != 0)
+				f.set(1, round&2 != 0)
+				// Batches that the forwarder's socket has room for.
+				for i, batch := range [][]int{{62000, 96}, {5502, 5502, 1432, 1432, 1433, 64}, {maxPacket}, {80}} {
+					var out [][]byte
+					for j, n := range batch {
+						out = append(out, dataMessage(3, uint64(round*100+i*10+j), n))
+					}
+					exchange(t, [2]*opened{a, b}, [2]*endpoint{toB, toA}, out)
 				}
-				if err := a.Send(out, toB); err != nil {
-					t.Fatal(err)
-				}
-				b.arrives(t, out)
 			}
-			back := wireGuard(typeResponse, 9, responseSize)
-			if err := b.Send([][]byte{back}, toA); err != nil {
-				t.Fatal(err)
-			}
-			if m := a.next(t); m.ep != toB || !bytes.Equal(m.data, back) {
-				t.Fatalf("%q, round %d: answer of %d bytes from %v", off, round, len(m.data), m.ep)
-			}
-		}
-		if n := b.drops.fragments.Load() + b.drops.incomplete.Load() + b.drops.foreign.Load(); n != 0 {
-			t.Errorf("%q: %d drops", off, n)
-		}
+			b.lostNone(t)
+		})
 	}
 }
 

@@ -129,46 +129,43 @@ func countOnce(t *testing.T, sa, sb *space) {
 // sends in the session it still has, is told, and makes another. wireguard-go
 // alone would take 15 s.
 func TestRestartedPeer(t *testing.T) {
-	keys := []Key{newKey(t), newKey(t)}
-	for _, k := range [][2]Key{{keys[0], keys[1]}, {keys[1], keys[0]}} {
-		t.Run("", func(t *testing.T) {
-			sa, sb := newSpace(t), newSpace(t)
-			joinSpaces(t, sa, sb)
-			a := newNode(t, sa, 1, func(c *Config) { c.PrivateKey = k[0] })
-			var mu sync.Mutex
-			told := 0
-			second := func() *node {
-				return newNode(t, sb, 2, func(c *Config) {
-					c.PrivateKey, c.Port = k[1], 41002
-					c.SessionUnknown = func(lost Key) {
-						mu.Lock()
-						told++
-						mu.Unlock()
-						a.RestartSession(c.PrivateKey.PublicKey())
-					}
-				})
-			}
-			b := second()
-			pairUp(t, a, b)
-			relayUp(t, at("10.9.0.3", 0), sb, a, b)
-			greet(t, a, b)
-			client := listenIn(t, sa, "100.99.0.1:0")
-			time.Sleep(restartInterval) // no session is younger after a restart
-			check(t, b.Close())
-			b = second()
-			echo(t, sb, "100.99.0.2:7000")
-			lower := string(a.self.Key[:]) < string(b.self.Key[:])
-			pa := a.self
-			pa.Initiate = !lower
-			check(t, b.SetPeers([]Peer{pa}))
-			b.SetLink(1, Link{Addr: a.bind.peers.relays[1].now.Load().to.to})
-			b.wayTo(t, a)
-			t.Logf("answer after %v", answered(t, client, "100.99.0.2:7000", beforeRetry))
-			mu.Lock()
-			defer mu.Unlock()
-			if told == 0 {
-				t.Error("nobody was told")
-			}
-		})
-	}
+	bothKeyOrders(t, func(t *testing.T, k [2]Key) {
+		sa, sb := newSpace(t), newSpace(t)
+		joinSpaces(t, sa, sb)
+		a := newNode(t, sa, 1, func(c *Config) { c.PrivateKey = k[0] })
+		var mu sync.Mutex
+		told := 0
+		second := func() *node {
+			return newNode(t, sb, 2, func(c *Config) {
+				c.PrivateKey, c.Port = k[1], 41002
+				c.SessionUnknown = func(lost Key) {
+					mu.Lock()
+					told++
+					mu.Unlock()
+					a.RestartSession(c.PrivateKey.PublicKey())
+				}
+			})
+		}
+		b := second()
+		pairUp(t, a, b)
+		relayUp(t, at("10.9.0.3", 0), sb, a, b)
+		greet(t, a, b)
+		client := listenIn(t, sa, "100.99.0.1:0")
+		time.Sleep(restartInterval) // no session is younger after a restart
+		check(t, b.Close())
+		b = second()
+		echo(t, sb, "100.99.0.2:7000")
+		lower := string(a.self.Key[:]) < string(b.self.Key[:])
+		pa := a.self
+		pa.Initiate = !lower
+		check(t, b.SetPeers([]Peer{pa}))
+		b.SetLink(1, Link{Addr: a.bind.peers.relays[1].now.Load().to.to})
+		b.wayTo(t, a)
+		t.Logf("answer after %v", answered(t, client, "100.99.0.2:7000", beforeRetry))
+		mu.Lock()
+		defer mu.Unlock()
+		if told == 0 {
+			t.Error("nobody was told")
+		}
+	})
 }

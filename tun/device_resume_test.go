@@ -79,44 +79,41 @@ func TestRebindToTakenPort(t *testing.T) {
 // After a sleep both kinds of sides get a new session at once, whatever the old
 // one still seems good for.
 func TestExpireSessions(t *testing.T) {
-	keys := []Key{newKey(t), newKey(t)}
-	for _, k := range [][2]Key{{keys[0], keys[1]}, {keys[1], keys[0]}} {
-		t.Run("", func(t *testing.T) {
-			sa, sb := newSpace(t), newSpace(t)
-			joinSpaces(t, sa, sb)
-			var b *node
-			told := make(chan Key, 16)
-			a := newNode(t, sa, 1, func(c *Config) {
-				c.PrivateKey = k[0]
-				c.SessionUnknown = func(of Key) { told <- of; b.RestartSession(c.PrivateKey.PublicKey()) }
-			})
-			b = newNode(t, sb, 2, func(c *Config) { c.PrivateKey = k[1] })
-			pairUp(t, a, b)
-			connect(t, a, b)
-			greet(t, a, b)
-			echo(t, sb, "100.99.0.2:7000")
-			client := listenIn(t, sa, "100.99.0.1:0")
-			answered(t, client, "100.99.0.2:7000", beforeRetry)
-			time.Sleep(restartInterval) // a younger session is not restarted
-			before := handshakeOf(t, a, b)
-			a.ExpireSessions()
-			begin := time.Now()
-			a.StartHandshake(b.self.Key)
-			eventually(t, beforeRetry, "another session", func() bool { return handshakeOf(t, a, b).After(before) })
-			t.Logf("session after %v", time.Since(begin))
-			answered(t, client, "100.99.0.2:7000", beforeRetry)
-			initiates := a.peers.byKey(b.self.Key).initiate.Load()
-			if asked := len(told) > 0; asked == initiates {
-				t.Errorf("starts handshakes: %v, asked for one: %v", initiates, asked)
-			}
-			latest := handshakeOf(t, a, b)
-			a.StartHandshake(b.self.Key)
-			time.Sleep(yieldTime + 2*holdTime)
-			if again := handshakeOf(t, a, b); !again.Equal(latest) {
-				t.Error("the new session did not count")
-			}
+	bothKeyOrders(t, func(t *testing.T, k [2]Key) {
+		sa, sb := newSpace(t), newSpace(t)
+		joinSpaces(t, sa, sb)
+		var b *node
+		told := make(chan Key, 16)
+		a := newNode(t, sa, 1, func(c *Config) {
+			c.PrivateKey = k[0]
+			c.SessionUnknown = func(of Key) { told <- of; b.RestartSession(c.PrivateKey.PublicKey()) }
 		})
-	}
+		b = newNode(t, sb, 2, func(c *Config) { c.PrivateKey = k[1] })
+		pairUp(t, a, b)
+		connect(t, a, b)
+		greet(t, a, b)
+		echo(t, sb, "100.99.0.2:7000")
+		client := listenIn(t, sa, "100.99.0.1:0")
+		answered(t, client, "100.99.0.2:7000", beforeRetry)
+		time.Sleep(restartInterval) // a younger session is not restarted
+		before := handshakeOf(t, a, b)
+		a.ExpireSessions()
+		begin := time.Now()
+		a.StartHandshake(b.self.Key)
+		eventually(t, beforeRetry, "another session", func() bool { return handshakeOf(t, a, b).After(before) })
+		t.Logf("session after %v", time.Since(begin))
+		answered(t, client, "100.99.0.2:7000", beforeRetry)
+		initiates := a.peers.byKey(b.self.Key).initiate.Load()
+		if asked := len(told) > 0; asked == initiates {
+			t.Errorf("starts handshakes: %v, asked for one: %v", initiates, asked)
+		}
+		latest := handshakeOf(t, a, b)
+		a.StartHandshake(b.self.Key)
+		time.Sleep(yieldTime + 2*holdTime)
+		if again := handshakeOf(t, a, b); !again.Equal(latest) {
+			t.Error("the new session did not count")
+		}
+	})
 }
 
 func handshakeOf(t *testing.T, a, b *node) time.Time {
@@ -151,37 +148,34 @@ func TestHandshakesExpire(t *testing.T) {
 // The clock of a node was set back: its peer has seen a later one and takes no
 // initiation of it. Asked to, the peer begins.
 func TestClockSetBack(t *testing.T) {
-	keys := []Key{newKey(t), newKey(t)}
-	for _, k := range [][2]Key{{keys[0], keys[1]}, {keys[1], keys[0]}} {
-		t.Run("", func(t *testing.T) {
-			sa, sb := newSpace(t), newSpace(t)
-			joinSpaces(t, sa, sb)
-			var b *node
-			a := newNode(t, sa, 1, func(c *Config) {
-				c.PrivateKey = k[0]
-				c.SessionUnknown = func(Key) { b.RestartSession(c.PrivateKey.PublicKey()) }
-			})
-			b = newNode(t, sb, 2, func(c *Config) { c.PrivateKey = k[1] })
-			pairUp(t, a, b)
-			later := initiation(t, k[0], b.self.Key, time.Now().Add(24*time.Hour))
-			_, err := listenIn(t, sa, "10.9.0.1:0").WriteToUDPAddrPort(later, at("10.9.0.2", b.Port()))
-			check(t, err)
-			eventually(t, 2*time.Second, "it is taken", func() bool { return b.peers.byKey(a.self.Key).answered.Load() != 0 })
-			time.Sleep(restartInterval) // a peer that just answered does not begin
-			connect(t, a, b)
-			begin := time.Now()
-			for handshakeOf(t, a, b).IsZero() && time.Since(begin) < beforeRetry {
-				a.StartHandshake(b.self.Key) // as the node does: the other side sees no reason
-				time.Sleep(100 * time.Millisecond)
-			}
-			t.Logf("session after %v", time.Since(begin))
-			if handshakeOf(t, a, b).IsZero() {
-				t.Error("no session")
-			}
-			echo(t, sb, "100.99.0.2:7000")
-			answered(t, listenIn(t, sa, "100.99.0.1:0"), "100.99.0.2:7000", time.Second)
+	bothKeyOrders(t, func(t *testing.T, k [2]Key) {
+		sa, sb := newSpace(t), newSpace(t)
+		joinSpaces(t, sa, sb)
+		var b *node
+		a := newNode(t, sa, 1, func(c *Config) {
+			c.PrivateKey = k[0]
+			c.SessionUnknown = func(Key) { b.RestartSession(c.PrivateKey.PublicKey()) }
 		})
-	}
+		b = newNode(t, sb, 2, func(c *Config) { c.PrivateKey = k[1] })
+		pairUp(t, a, b)
+		later := initiation(t, k[0], b.self.Key, time.Now().Add(24*time.Hour))
+		_, err := listenIn(t, sa, "10.9.0.1:0").WriteToUDPAddrPort(later, at("10.9.0.2", b.Port()))
+		check(t, err)
+		eventually(t, 2*time.Second, "it is taken", func() bool { return b.peers.byKey(a.self.Key).answered.Load() != 0 })
+		time.Sleep(restartInterval) // a peer that just answered does not begin
+		connect(t, a, b)
+		begin := time.Now()
+		for handshakeOf(t, a, b).IsZero() && time.Since(begin) < beforeRetry {
+			a.StartHandshake(b.self.Key) // as the node does: the other side sees no reason
+			time.Sleep(100 * time.Millisecond)
+		}
+		t.Logf("session after %v", time.Since(begin))
+		if handshakeOf(t, a, b).IsZero() {
+			t.Error("no session")
+		}
+		echo(t, sb, "100.99.0.2:7000")
+		answered(t, listenIn(t, sa, "100.99.0.1:0"), "100.99.0.2:7000", time.Second)
+	})
 }
 
 // initiation makes a handshake initiation with a timestamp, as WireGuard's paper

@@ -48,7 +48,10 @@ func TestMulticast(t *testing.T) {
 	s.addLink(t, link)
 	addr := &netlink.Addr{IPNet: ipNet(netip.MustParsePrefix("10.1.2.3/24"))}
 	s.do(t, func() error { return netlink.AddrAdd(link, addr) })
-	join()
+	eventually(t, 5*time.Second, "the link is joined", func() bool { // it takes a moment to come up
+		join()
+		return len(all[0].links) > 0 && len(all[1].links) > 0
+	})
 	if err := all[0].Send([]byte("hello")); err != nil {
 		t.Errorf("over a link: %v", err)
 	}
@@ -71,27 +74,38 @@ func TestMulticast(t *testing.T) {
 	}
 }
 
-// A unicast datagram from anywhere is not of the group.
+// A unicast datagram from anywhere is not of the group, whose own one comes behind it.
 func TestUnicastIsNoMulticast(t *testing.T) {
+	s := newSpace(t) // where the port is free
+	s.addLink(t, cable("lan"), "10.1.2.3/24", "fe80::9/64")
 	const port = 41999
-	m, err := OpenMulticast(netip.MustParseAddr("239.255.111.118"), netip.MustParseAddr("ff12::6f76:6c79"), port)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	var m *Multicast
+	s.do(t, func() (err error) {
+		m, err = OpenMulticast(netip.MustParseAddr("239.255.111.118"), netip.MustParseAddr("ff12::6f76:6c79"), port)
+		return err
+	})
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	got := make(chan string, 10)
-	for _, to := range []string{"127.0.0.1:41999", "[::1]:41999"} {
-		c, err := net.Dial("udp", to)
-		if err != nil {
-			t.Log(err)
-			continue
-		}
-		_, _ = c.Write([]byte("unicast " + to))
+	heard, done := make(chan string, 1000), make(chan error, 1)
+	go func() { done <- m.Run(ctx, func(b []byte) { heard <- string(b) }) }()
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		to := net.UDPAddrFromAddrPort(at(host, port))
+		_, err := listenIn(t, s, netip.AddrPortFrom(to.AddrPort().Addr(), 0).String()).WriteTo([]byte("unicast"), to)
+		check(t, err)
 	}
-	_ = m.Run(ctx, func(b []byte) { got <- string(b) })
-	close(got)
-	for s := range got {
-		t.Errorf("heard %q", s)
+	got := map[string]int{}
+	eventually(t, 5*time.Second, "the group is heard over both families", func() bool {
+		s.do(t, m.Join)
+		check(t, (&Multicast{v4: m.v4, to4: m.to4, links: m.links}).Send([]byte("group by IPv4")))
+		check(t, (&Multicast{v6: m.v6, to6: m.to6, links: m.links}).Send([]byte("group by IPv6")))
+		for len(heard) > 0 {
+			got[<-heard]++
+		}
+		return got["group by IPv4"] > 0 && got["group by IPv6"] > 0
+	})
+	cancel()
+	check(t, <-done)
+	if len(got) != 2 {
+		t.Errorf("heard %v", got)
 	}
 }

@@ -8,8 +8,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/vishvananda/netlink"
 )
 
 // datagramsTo sends one message to a peer whose path is a plain socket, and
@@ -138,13 +136,7 @@ func TestMisses(t *testing.T) {
 // A probe larger than what the interface takes is not cut, unlike all else.
 func TestProbeIsNotCut(t *testing.T) {
 	s := newSpace(t)
-	s.do(t, func() error {
-		l, err := netlink.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkSetMTU(l, 1500)
-	})
+	s.setMTU(t, "lo", 1500)
 	var a, b *opened
 	received := make(chan int, 10)
 	s.do(t, func() error {
@@ -177,13 +169,7 @@ func TestProbeIsNotCut(t *testing.T) {
 // Where fragments are forbidden, what the interface does not take fails at once.
 func TestDontFragment(t *testing.T) {
 	s := newSpace(t)
-	s.do(t, func() error {
-		l, err := netlink.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkSetMTU(l, 1500)
-	})
+	s.setMTU(t, "lo", 1500)
 	for network, to := range map[string]string{"udp4": "127.0.0.1:9", "udp6": "[::1]:9"} {
 		var c *net.UDPConn
 		s.do(t, func() (err error) {

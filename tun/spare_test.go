@@ -1,7 +1,6 @@
 package tun
 
 import (
-	"bytes"
 	"errors"
 	"net"
 	"net/netip"
@@ -64,30 +63,20 @@ func filesOpen(t *testing.T) int {
 // without offloads, both ways, and come from the endpoint of the path.
 func TestSpareCarries(t *testing.T) {
 	for _, off := range []string{"", "-gso", "-gro", "-gso,-gro"} {
-		a, b, toB, toA := sparePair(t, Config{Offloads: off})
-		for round := range 3 {
-			var out [][]byte
-			for i, n := range []int{62000, 62016, 96, 5502, 5502, 5502, 1432, 1432, 1433, 64, maxPacket, 80, 30000} {
-				out = append(out, dataMessage(3, uint64(round*100+i), n))
+		t.Run("offloads"+off, func(t *testing.T) {
+			a, b, toB, toA := sparePair(t, Config{Offloads: off})
+			for round := range 3 {
+				var out [][]byte
+				for i, n := range []int{62000, 62016, 96, 5502, 5502, 5502, 1432, 1432, 1433, 64, maxPacket, 80, 30000} {
+					out = append(out, dataMessage(3, uint64(round*100+i), n))
+				}
+				exchange(t, [2]*opened{a, b}, [2]*endpoint{toB, toA}, out)
 			}
-			if err := a.Send(out, toB); err != nil {
-				t.Fatal(err)
+			b.lostNone(t)
+			if gso := toB.spare.now.Load().gso; gso != a.open.Load().v4.gso {
+				t.Errorf("trains through the spare socket: %v", gso)
 			}
-			b.arrives(t, out)
-			back := wireGuard(typeResponse, 9, responseSize)
-			if err := b.Send([][]byte{back}, toA); err != nil {
-				t.Fatal(err)
-			}
-			if m := a.next(t); m.ep != toB || !bytes.Equal(m.data, back) {
-				t.Fatalf("%q: answer of %d bytes from %v", off, len(m.data), m.ep)
-			}
-		}
-		if n := b.drops.fragments.Load() + b.drops.incomplete.Load() + b.drops.foreign.Load(); n != 0 {
-			t.Errorf("%q: %d drops", off, n)
-		}
-		if gso := toB.spare.now.Load().gso; gso != a.open.Load().v4.gso {
-			t.Errorf("%q: trains through the spare socket: %v", off, gso)
-		}
+		})
 	}
 }
 

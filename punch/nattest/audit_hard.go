@@ -25,7 +25,7 @@ type hardRounds struct {
 	total       int // of all rounds
 	rounds      int
 	times       []time.Time              // of the last second
-	few         []lone                   // of the last minute, from so few sockets that they are no round
+	few         []lone                   // of the last minute, from and to so few that they are no round
 	lone        int                      // of all
 	lonesome    map[spareKey][]time.Time // of them, of the last second; small rounds come from several sockets
 }
@@ -33,11 +33,12 @@ type hardRounds struct {
 // lone is a packet from a spare socket.
 type lone struct {
 	port uint16
+	to   netip.AddrPort
 	at   time.Time
 }
 
-// maxFresh is from how many spare sockets a node may send in a minute outside of
-// hard rounds.
+// maxFresh is from how many spare sockets, and to how many addresses and ports, a
+// node may send in a minute outside of hard rounds.
 const maxFresh = 8
 
 // spareKey is a spare socket and where a packet came to it from.
@@ -56,19 +57,19 @@ func (a *audit) ofRound(to netip.AddrPort, how sending) bool {
 }
 
 // lonely tells packets that are no part of a hard round, because few sockets send
-// any. If it becomes one, they are counted after all.
-func (a *audit) lonely(how sending, now time.Time) bool {
+// any, to few others. If it becomes one, they are counted after all.
+func (a *audit) lonely(to netip.AddrPort, how sending, now time.Time) bool {
 	h := &a.hard
 	if how.port == 0 || now.Sub(h.last) <= hardGap {
 		return false
 	}
 	h.few = slices.DeleteFunc(h.few, func(l lone) bool { return now.Sub(l.at) >= hardPause })
-	h.few = append(h.few, lone{how.port, now})
-	ports := map[uint16]bool{}
+	h.few = append(h.few, lone{how.port, to, now})
+	ports, targets := map[uint16]bool{}, map[netip.AddrPort]bool{}
 	for _, l := range h.few {
-		ports[l.port] = true
+		ports[l.port], targets[l.to] = true, true
 	}
-	if len(ports) <= maxFresh {
+	if len(ports) <= maxFresh && len(targets) <= maxFresh {
 		h.lone++
 		return true
 	}
@@ -85,10 +86,15 @@ func (a *audit) sentInRound(to netip.AddrPort, how sending, now time.Time) {
 	if !how.observed {
 		a.fault("packet from a spare socket, or to a guessed port, to %s, where no server saw a node", to)
 	}
-	if !a.lonely(how, now) {
+	if !a.lonely(to, how, now) {
 		a.countInRound(now)
-	} else if n := count(a.hard.lonesome, spareKey{how.port, to}, now); n > maxPerEndpoint {
+		return
+	}
+	if n := count(a.hard.lonesome, spareKey{how.port, to}, now); n > maxPerEndpoint {
 		a.fault("%d packets within a second from a spare socket to %s, which is silent", n, to)
+	}
+	if n := count(a.addresses, to.Addr(), now); n > maxPerAddress {
+		a.fault("%d packets within a second to %s, some from spare sockets", n, to.Addr())
 	}
 }
 

@@ -5,15 +5,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
-	"strconv"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"overlay/punch/nattest"
 )
 
-var drawnWorlds = flag.Int("drawn", 100, "how many seeded worlds with hard NATs to run")
+var drawnWorlds = flag.Uint64("drawn", 100, "how many seeded worlds with hard NATs to run")
 
 // drawnCell sorts drawn worlds for the report.
 type drawnCell struct {
@@ -73,27 +71,22 @@ func (d drawn) String() string {
 
 // TestHardWorlds draws worlds with hard NATs. There is a path in all of them, over
 // a relay until a direct one is found, and every limit holds; how often one is
-// found is reported.
+// found is reported, and judged where it is sure, or out of the question.
 //
 // go test ./punch/nattest -run TestHardWorlds -seed 7
 func TestHardWorlds(t *testing.T) {
-	first, last := uint64(1), uint64(*drawnWorlds)
-	if *onlySeed != 0 {
-		first, last = *onlySeed, *onlySeed
-	}
 	found, all := map[drawnCell]int{}, map[drawnCell]int{}
-	for seed := first; seed <= last; seed++ {
+	judged, direct := map[chance]int{}, map[chance]int{}
+	eachWorld(t, *drawnWorlds, func(t *testing.T, seed uint64) {
 		d := drawHard(seed)
 		k := drawnCell{d.names[0] + " and " + d.names[1], d.spec.loss() > 0}
 		all[k]++
-		t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				if d.meet(t) {
-					found[k]++
-				}
-			})
-		})
-	}
+		judged[d.chance()]++
+		if d.meet(t) {
+			found[k]++
+			direct[d.chance()]++
+		}
+	})
 	var lines []string
 	for k, n := range all {
 		lines = append(lines, fmt.Sprintf("%s, loss %v: direct in %d of %d", k.pair, k.lossy, found[k], n))
@@ -102,6 +95,34 @@ func TestHardWorlds(t *testing.T) {
 	for _, line := range lines {
 		t.Log(line)
 	}
+	t.Logf("ports can be guessed: direct in %d of %d", direct[likely], judged[likely])
+	if float64(direct[likely]) < least(float64(judged[likely]), 0.8) { // of too few nothing is wanted
+		t.Errorf("direct in %d of %d worlds whose ports can be guessed, want 0.8", direct[likely], judged[likely])
+	}
+	if direct[none] > 0 {
+		t.Errorf("direct in %d of %d worlds whose ports nobody can guess", direct[none], judged[none])
+	}
+}
+
+// chance is that of a direct path.
+type chance int
+
+const (
+	some   chance = iota
+	likely        // one side gives out ports that can be guessed, the other takes only these
+	none          // neither can be guessed
+)
+
+func (d drawn) chance() chance {
+	hard, random := hardNATs(), d.names[0] == "random"
+	_, both := hard[d.names[1]]
+	switch {
+	case random && d.names[1] == "random":
+		return none
+	case !random && !both && d.nats[1].Filtering == apdm:
+		return likely
+	}
+	return some
 }
 
 // meet runs the world, and reports whether there is a direct path within 30 s.

@@ -12,17 +12,24 @@ import (
 // TestOpenInputUnderLoss wants routers that accept input to be passed in time
 // where a fifth of all packets is lost, those of signals too.
 func TestOpenInputUnderLoss(t *testing.T) {
-	const worlds, limit = 200, 3 * time.Second
+	wantInTime(t, 200, 0, func(t *testing.T, seed uint64) (time.Duration, bool) {
+		return underLoss(t, seed, 3*time.Second)
+	})
+}
+
+// wantInTime wants at most missed of so many worlds not to meet in time.
+func wantInTime(t *testing.T, worlds uint64, missed int, run func(t *testing.T, seed uint64) (time.Duration, bool)) {
+	t.Helper()
 	late := 0
-	for seed := range uint64(worlds) {
+	for seed := range worlds {
 		synctest.Test(t, func(t *testing.T) {
-			if took, ok := underLoss(t, seed, limit); !ok {
+			if took, ok := run(t, seed); !ok {
 				late++
 				t.Logf("seed %d: no path after %v", seed, took)
 			}
 		})
 	}
-	if late > 0 {
+	if late > missed {
 		t.Errorf("%d of %d worlds are late", late, worlds)
 	}
 }

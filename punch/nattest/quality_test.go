@@ -25,9 +25,15 @@ func badLine(t *testing.T, seed uint64, relay nattest.Link) (w *nattest.World, a
 	return w, a, b, lose
 }
 
+// rarely is how often in all seeds may happen what chance does once in 50 of them.
+func rarely() int { return max(1, int(inShort(*seeds, 4)/50)) }
+
 // TestBadDirect has the direct path lose 20 to 40 % of packets beside a clean
-// relay: both sides move there, stay, and come back when it is well again.
+// relay: both sides move there, stay, and come back when it is well again. By
+// chance a look at the path now and then finds nothing.
 func TestBadDirect(t *testing.T) {
+	const soon, most = 12 * time.Second, 25 * time.Second
+	late := 0
 	eachSeed(t, func(t *testing.T, seed uint64) {
 		rng := rand.New(rand.NewPCG(seed, 8))
 		w, a, b, lose := badLine(t, seed, nattest.Link{})
@@ -39,7 +45,7 @@ func TestBadDirect(t *testing.T) {
 		loss, begin := 0.2+0.2*rng.Float64(), time.Now()
 		lose(loss)
 		took := [2]time.Duration{}
-		for time.Since(begin) < 15*time.Second {
+		for time.Since(begin) < most {
 			time.Sleep(10 * time.Millisecond)
 			for i, pair := range bothWays(a, b) {
 				if took[i] == 0 && pair[0].Path(pair[1]).Left.Loss > 0 {
@@ -52,7 +58,10 @@ func TestBadDirect(t *testing.T) {
 		time.Sleep(time.Minute)
 		for i, pair := range bothWays(a, b) {
 			p := pair[0].Path(pair[1])
-			if took[i] == 0 || took[i] > 12*time.Second || p.Type != punch.Relayed || p.Also.IsValid() {
+			if took[i] > soon {
+				late++
+			}
+			if took[i] == 0 || p.Type != punch.Relayed || p.Also.IsValid() {
 				t.Errorf("seed %d: loss %.2f, side %d moved after %v to %+v", seed, loss, i, took[i], p)
 			}
 			if n := len(pair[0].Moves(pair[1], moved)); n > 0 {
@@ -77,10 +86,14 @@ func TestBadDirect(t *testing.T) {
 		}
 		expectNoFaults(t, w)
 	})
+	if late > rarely() {
+		t.Errorf("%d times it took longer than %v", late, soon)
+	}
 }
 
 // TestFairDirect has a direct path that is a little bad, or no worse than the
-// relay, or used in one direction only: it stays.
+// relay, or used in one direction only: it stays. Where both are bad alike, the
+// comparison is of chance (4 standard deviations).
 func TestFairDirect(t *testing.T) {
 	for name, c := range map[string]struct {
 		loss, relay float64
@@ -92,6 +105,7 @@ func TestFairDirect(t *testing.T) {
 		"one way, 2 %": {loss: 0.02, oneWay: true},
 	} {
 		t.Run(name, func(t *testing.T) {
+			moved := 0
 			eachSeed(t, func(t *testing.T, seed uint64) {
 				w, a, b, lose := badLine(t, seed, nattest.Link{Loss: c.relay})
 				defer w.Stop()
@@ -105,11 +119,15 @@ func TestFairDirect(t *testing.T) {
 				time.Sleep(2 * time.Minute)
 				for i, pair := range bothWays(a, b) {
 					if moves := pair[0].Moves(pair[1], begin); len(moves) > 0 {
-						t.Errorf("seed %d: side %d moved %d times: %v", seed, i, len(moves), describe(moves, begin))
+						moved++
+						t.Logf("seed %d: side %d moved %d times: %v", seed, i, len(moves), describe(moves, begin))
 					}
 				}
 				expectNoFaults(t, w)
 			})
+			if moved > 0 && (c.relay == 0 || moved > rarely()) {
+				t.Errorf("%d sides moved", moved)
+			}
 		})
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
-	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -288,14 +287,7 @@ func TestRelayRoaming(t *testing.T) {
 // TestRelayWorlds is TestWorlds with a relay: data flows from the first packet in
 // all of them, and a direct path is found as soon as without.
 func TestRelayWorlds(t *testing.T) {
-	first, last := uint64(1), inShort(uint64(*worlds), 100)
-	if *onlySeed != 0 {
-		first, last = *onlySeed, *onlySeed
-	}
-	for seed := first; seed <= last; seed++ {
-		s := drawSpec(seed)
-		t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) { synctest.Test(t, s.runRelayed) })
-	}
+	eachWorld(t, inShort(*worlds, 100), func(t *testing.T, seed uint64) { drawSpec(seed).runRelayed(t) })
 }
 
 func (s spec) runRelayed(t *testing.T) {

@@ -20,10 +20,9 @@ func roundsOf(t *testing.T, n, peer *nattest.Node) punch.Rounds {
 	return e.Rounds
 }
 
-// during runs two laptops behind NATs of a kind, with traffic both ways.
-func during(t *testing.T, seed uint64, nats [2]nattest.NAT, look func(t *testing.T, a, b *nattest.Node)) {
+// during runs two laptops behind the cell's NATs, with traffic both ways.
+func (c cell) during(t *testing.T, seed uint64, look func(t *testing.T, a, b *nattest.Node)) {
 	synctest.Test(t, func(t *testing.T) {
-		c := cell{nats: nats}
 		w, a, b := c.world(seed, rand.New(rand.NewPCG(seed, 3)))
 		defer w.Stop()
 		start(t, a)
@@ -32,6 +31,9 @@ func during(t *testing.T, seed uint64, nats [2]nattest.NAT, look func(t *testing
 		defer b.Stream(a, time.Second)()
 		time.Sleep(time.Second) // they know each other
 		look(t, a, b)
+		for _, f := range w.Faults() {
+			t.Errorf("seed %d: %s", seed, f)
+		}
 	})
 }
 
@@ -39,7 +41,7 @@ func during(t *testing.T, seed uint64, nats [2]nattest.NAT, look func(t *testing
 // took.
 func TestRoundsFound(t *testing.T) {
 	nats := [2]nattest.NAT{{Mapping: apdm, Filtering: apdm, Sequential: 1}, nattest.Masquerade()}
-	during(t, 1, nats, func(t *testing.T, a, b *nattest.Node) {
+	cell{nats: nats}.during(t, 1, func(t *testing.T, a, b *nattest.Node) {
 		if _, ok := metDirect(a, b, 5*time.Second); !ok {
 			t.Fatal("never direct")
 		}
@@ -63,7 +65,7 @@ func TestRoundsFound(t *testing.T) {
 // while its last answers are still waited for.
 func TestRoundsFoundAtOnce(t *testing.T) {
 	nats := [2]nattest.NAT{{Mapping: apdm, Filtering: apdm, Sequential: 1}, nattest.Masquerade()}
-	during(t, 1, nats, func(t *testing.T, a, b *nattest.Node) {
+	cell{nats: nats}.during(t, 1, func(t *testing.T, a, b *nattest.Node) {
 		for range 800 {
 			time.Sleep(10 * time.Millisecond)
 			for _, pair := range [][2]*nattest.Node{{a, b}, {b, a}} {
@@ -84,31 +86,34 @@ func TestRoundsFoundAtOnce(t *testing.T) {
 func TestRoundsInVain(t *testing.T) {
 	block := nattest.NAT{Mapping: apdm, Filtering: apdm, Block: 1024}
 	seen := map[punch.RoundState]bool{}
-	vain := false
-	for seed := uint64(1); seed < 6 && !vain; seed++ {
-		during(t, seed, [2]nattest.NAT{block, block}, func(t *testing.T, a, b *nattest.Node) {
+	vain := false // ten minutes later, too
+	for seed := uint64(1); seed < 20 && !vain; seed++ {
+		cell{nats: [2]nattest.NAT{block, block}}.during(t, seed, func(t *testing.T, a, b *nattest.Node) {
 			for range 1500 {
 				time.Sleep(10 * time.Millisecond)
 				r := roundsOf(t, a, b)
 				seen[r.State] = true
 				if r.State == punch.RoundRunning && (r.Kind != punch.Birthday || r.Sockets == 0 || r.Targets == 0 || int(r.High)-int(r.Low) > 1024 || r.Packets > 1200) {
-					t.Fatalf("at work: %+v", r)
+					t.Fatalf("seed %d: at work: %+v", seed, r)
 				}
 			}
 			r := roundsOf(t, a, b)
-			vain = r.Ended == punch.RoundSpent
-			if !vain {
+			if r.Ended != punch.RoundSpent {
 				return
 			}
 			if wait := time.Until(r.Next); r.State != punch.RoundPaused || r.InVain != 1 || r.Packets == 0 || wait <= 0 || wait > time.Minute {
-				t.Errorf("after it: %+v, next in %v", r, time.Until(r.Next))
+				t.Errorf("seed %d: after it: %+v, next in %v", seed, r, time.Until(r.Next))
 			}
 			if _, packets := a.Hard(); r.Spent < packets || r.Spent > 1200 {
-				t.Errorf("spent %d, seen on the wire %d", r.Spent, packets)
+				t.Errorf("seed %d: spent %d, seen on the wire %d", seed, r.Spent, packets)
 			}
 			time.Sleep(10 * time.Minute)
-			if r := roundsOf(t, a, b); r.Ended == punch.RoundSpent && (r.State != punch.RoundBackoff || time.Until(r.Next) > time.Hour || r.Spent <= r.Packets) {
-				t.Errorf("after ten minutes: %+v, next in %v", r, time.Until(r.Next))
+			if r = roundsOf(t, a, b); r.Ended != punch.RoundSpent {
+				return
+			}
+			vain = true
+			if r.State != punch.RoundBackoff || time.Until(r.Next) > time.Hour || r.Spent <= r.Packets {
+				t.Errorf("seed %d: after ten minutes: %+v, next in %v", seed, r, time.Until(r.Next))
 			}
 		})
 	}
@@ -120,7 +125,7 @@ func TestRoundsInVain(t *testing.T) {
 // TestRoundsUseless has nothing planned where nobody's ports can be guessed.
 func TestRoundsUseless(t *testing.T) {
 	random := nattest.NAT{Mapping: apdm, Filtering: apdm}
-	during(t, 1, [2]nattest.NAT{random, random}, func(t *testing.T, a, b *nattest.Node) {
+	cell{nats: [2]nattest.NAT{random, random}}.during(t, 1, func(t *testing.T, a, b *nattest.Node) {
 		time.Sleep(10 * time.Second)
 		for _, pair := range [][2]*nattest.Node{{a, b}, {b, a}} {
 			if r := roundsOf(t, pair[0], pair[1]); r.State != punch.RoundUseless || r.Targets != 0 || r.Spent != 0 || !r.Began.IsZero() {

@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"overlay/punch/nattest"
@@ -31,18 +30,9 @@ func TestSpoiled(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			late := 0
-			for seed := range uint64(worlds) {
-				synctest.Test(t, func(t *testing.T) {
-					if took, ok := spoiled(t, seed, c.nats, c.loss, limit); !ok {
-						late++
-						t.Logf("seed %d: no path after %v", seed, took)
-					}
-				})
-			}
-			if late > c.missed {
-				t.Errorf("%d of %d worlds are late", late, worlds)
-			}
+			wantInTime(t, worlds, c.missed, func(t *testing.T, seed uint64) (time.Duration, bool) {
+				return spoiled(t, seed, c.nats, c.loss, limit)
+			})
 		})
 	}
 }
@@ -58,7 +48,9 @@ func spoiled(t *testing.T, seed uint64, nats [2]nattest.NAT, loss float64, limit
 	start(t, b)
 	defer a.Stream(b, 50*time.Millisecond)()
 	took, ok := metDirect(a, b, limit)
-	expectNoFaults(t, w)
+	for _, f := range w.Faults() {
+		t.Errorf("seed %d: %s", seed, f)
+	}
 	return took, ok
 }
 
@@ -79,15 +71,8 @@ func spoil(w *nattest.World, a, b *nattest.Node, both bool) {
 // TestSpoiledForGood has two laptops whose packets never arrive try on and on from
 // fresh sockets, a few packets each time.
 func TestSpoiledForGood(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w, a, b := homes(3)
-		defer w.Stop()
-		w.NewRelay(homeLink())
-		w.Part(netip.MustParseAddr("203.0.113.20"), netip.MustParseAddr("203.0.113.21"))
-		start(t, a)
-		start(t, b)
-		defer a.Stream(b, time.Second)()
-		defer b.Stream(a, time.Second)()
+	c := cell{nats: [2]nattest.NAT{nattest.Masquerade(), nattest.Masquerade()}, parted: true}
+	c.during(t, 3, func(t *testing.T, a, b *nattest.Node) {
 		time.Sleep(10 * time.Minute)
 		for _, n := range []*nattest.Node{a, b} {
 			rounds, _ := n.Hard()
@@ -98,6 +83,5 @@ func TestSpoiledForGood(t *testing.T) {
 		if a, b := a.Lone(), b.Lone(); min(a, b) == 0 || max(a, b) > 200 {
 			t.Errorf("%d and %d packets from fresh sockets", a, b)
 		}
-		expectNoFaults(t, w)
 	})
 }

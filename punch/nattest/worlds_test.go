@@ -18,7 +18,7 @@ import (
 
 // go test ./punch/nattest -run TestWorlds -seed 7
 var (
-	worlds   = flag.Int("worlds", 300, "how many seeded worlds to run")
+	worlds   = flag.Uint64("worlds", 300, "how many seeded worlds to run")
 	onlySeed = flag.Uint64("seed", 0, "run only the world of this seed")
 )
 
@@ -191,13 +191,19 @@ func TestRestless(t *testing.T) {
 // against the design: a path wherever theory allows one, soon, for good, and
 // never a packet too many or to where none may go.
 func TestWorlds(t *testing.T) {
-	first, last := uint64(1), uint64(*worlds)
+	eachWorld(t, *worlds, func(t *testing.T, seed uint64) { drawSpec(seed).run(t) })
+}
+
+// eachWorld runs f with the seed of each of so many worlds, or of the one asked for.
+func eachWorld(t *testing.T, count uint64, f func(t *testing.T, seed uint64)) {
+	first, last := uint64(1), count
 	if *onlySeed != 0 {
 		first, last = *onlySeed, *onlySeed
 	}
 	for seed := first; seed <= last; seed++ {
-		s := drawSpec(seed)
-		t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) { synctest.Test(t, s.run) })
+		t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { f(t, seed) })
+		})
 	}
 }
 

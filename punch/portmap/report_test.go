@@ -7,7 +7,6 @@ import (
 	"reflect"
 	"slices"
 	"testing"
-	"time"
 )
 
 // probed is what one router says to a probe, which leaves nothing there.
@@ -51,13 +50,9 @@ func TestProbeRefused(t *testing.T) {
 }
 
 func TestProbeInSilence(t *testing.T) {
-	start := time.Now()
 	got := probed(t, Route{Gateway: loopback(), Local: local()})
 	if len(got.Refusals) != 3 || slices.ContainsFunc(got.Refusals, func(r Refusal) bool { return r.Words != "" }) || got.Outer.IsValid() {
 		t.Errorf("%+v", got)
-	}
-	if took := time.Since(start); took > probeTime {
-		t.Errorf("took %v", took)
 	}
 	if list, err := Probe(t.Context(), Config{Port: testPort}, nil); len(list) != 0 || err != nil {
 		t.Errorf("without a router: %+v, %v", list, err)

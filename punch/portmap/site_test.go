@@ -195,7 +195,17 @@ func TestNextProtocol(t *testing.T) {
 
 type refusing struct{ *fake }
 
-func (refusing) ask(context.Context, want) (grant, error) { return grant{}, &refusal{err: errSilent} }
+func (r refusing) ask(ctx context.Context, _ want) (grant, error) {
+	r.mu.Lock()
+	slow := r.slow
+	r.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		return grant{}, ctx.Err()
+	case <-time.After(slow):
+		return grant{}, &refusal{err: errSilent}
+	}
+}
 
 func TestRenewalAndRemoval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -398,17 +408,21 @@ func TestEndWhileRenewing(t *testing.T) {
 	})
 }
 
-// Nothing is asked of a router that has refused, or was not asked.
+// Nothing is asked of a router that was not asked before, or refuses at the end.
 func TestEndAfterRefusal(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFake("a")
-		f.fails = &refusal{err: errExternal}
-		f.after = time.Second
-		s := startSite(t, f)
-		time.Sleep(500 * time.Millisecond)
-		s.end()
-		if f.removed != 0 {
-			t.Error("removed what was never asked for")
-		}
-	})
+	for name, set := range map[string]func(f *fake){
+		"not asked": func(f *fake) { f.after = time.Second },
+		"refused":   func(f *fake) { f.slow = 200 * time.Millisecond },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFake("a")
+			set(f)
+			s := startSite(t, &refusing{f})
+			time.Sleep(100 * time.Millisecond)
+			s.end()
+			if f.removed != 0 {
+				t.Errorf("%s: removed all the same", name)
+			}
+		})
+	}
 }

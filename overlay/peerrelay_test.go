@@ -254,13 +254,21 @@ func TestPeerRelayPortTaken(t *testing.T) {
 	eventually(t, "another one is to be mapped", func() bool { return h.toMap() == at })
 }
 
+// lineCount is a log that counts what is written.
+type lineCount struct{ atomic.Int32 }
+
+func (c *lineCount) Write(b []byte) (int, error) {
+	c.Add(1)
+	return len(b), nil
+}
+
 // What cannot be started is not tried at every change of the mesh.
 func TestPeerRelayRests(t *testing.T) {
 	port := freePort(t)
 	synctest.Test(t, func(t *testing.T) {
-		var out strings.Builder
+		var warned lineCount
 		r := &peerRelay{
-			port: port, log: slog.New(slog.NewTextHandler(&out, nil)), wake: make(chan struct{}, 1),
+			port: port, log: slog.New(slog.NewTextHandler(&warned, &slog.HandlerOptions{Level: slog.LevelWarn})), wake: make(chan struct{}, 1),
 			useful: func() bool { return true }, place: func([]portmap.Mapping) uint16 { return port },
 			mapPorts: func() {}, publish: func() {},
 		}
@@ -269,7 +277,8 @@ func TestPeerRelayRests(t *testing.T) {
 		go func() { defer close(done); _ = r.run(ctx) }() // fails: it has no one to verify credentials
 		time.Sleep(time.Second)
 		for minutes := range 3 {
-			if n := strings.Count(out.String(), "level=WARN"); n != minutes+1 {
+			synctest.Wait()
+			if n := warned.Load(); int(n) != minutes+1 {
 				t.Errorf("%d warnings after %d minutes", n, minutes)
 			}
 			for range 10 {

@@ -239,7 +239,7 @@ func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func
 	}
 	got, err := coord.Join(ctx, cfg, func(step, detail string) { progress(Progress{Step: step, Text: detail}) })
 	if err != nil {
-		return serverError(err, inv.Server)
+		return errors.Join(serverError(err, inv.Server), n.store.unfound(k, err))
 	}
 	m = membership(got)
 	if cert, err := ownCert(&m); err == nil && cert.Name != cfg.Name {

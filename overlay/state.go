@@ -176,7 +176,7 @@ func (s store) load(name string, v any) (ok bool, err error) {
 		return false, fmt.Errorf("read %s: %w", path, err)
 	}
 	if err := json.Unmarshal(b, v); err != nil {
-		return false, fail(Failure, "restore it from a backup, or give this identity up and join again: overlay leave",
+		return false, fail(Failure, "restore it from a backup, or give this identity up and join again: "+s.leaveCommand(),
 			"state file %s is damaged%s", path, where(err))
 	}
 	return true, nil
@@ -265,7 +265,7 @@ func (s store) loadKeys() (*keys, error) {
 	}
 	if ok {
 		if len(k.Device) != ed25519.PrivateKeySize || k.WireGuard == (wgtypes.Key{}) {
-			return nil, fail(Failure, "restore it from a backup, or give this identity up and join again: overlay leave",
+			return nil, fail(Failure, "restore it from a backup, or give this identity up and join again: "+s.leaveCommand(),
 				"state file %s is damaged: a key is missing", filepath.Join(s.dir, keysFile))
 		}
 		return &k, nil

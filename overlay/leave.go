@@ -1,29 +1,46 @@
 package overlay
 
 import (
+	"bytes"
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
 	"overlay/coord"
 	"overlay/coord/trust"
 )
 
-// Leave revokes this device, deletes its keys and ends Run. The error says
-// that the server could not be told; the keys are gone all the same.
+// Leave revokes this device, deletes its keys and ends Run. An error says that
+// this did not happen, but for Unreachable with r.Offline: then all but the server
+// knows.
 func (n *Node) Leave(ctx context.Context, r LeaveRequest) error {
+	if !n.store.is(r.State) {
+		return fail(NotRunning, "name its socket with --socket",
+			"the daemon that answers uses the state directory %s, not %s", n.store.dir, r.State)
+	}
 	n.up.Lock()
 	defer n.up.Unlock()
-	if err := n.store.mayLeave(r); err != nil {
-		return err
+	return n.store.leave(ctx, n.cfg, leaving{r, func() {
+		if n.current() != nil {
+			n.endSession() // it would save its netmap again
+		}
+		n.Down()
+	}})
+}
+
+// is says whether dir names the state directory; an empty one does.
+func (s store) is(dir string) bool {
+	if dir == "" {
+		return true
 	}
-	if n.current() != nil {
-		n.endSession() // it would save its netmap again
-	}
-	err := n.store.leave(ctx, n.cfg)
-	n.Down()
-	return err
+	own, err := os.Stat(s.dir)
+	other, otherErr := os.Stat(dir)
+	return errors.Join(err, otherErr) == nil && os.SameFile(own, other)
 }
 
 // leaveWait bounds how long leaving tries to tell the server.
@@ -33,48 +50,102 @@ const leaveWait = 5 * time.Second
 func Leave(ctx context.Context, cfg Config, r LeaveRequest) error {
 	cfg.setDefaults()
 	st := store{cfg.StateDir}
-	if err := st.open(); err != nil && KindOf(err) == Permission {
+	if _, err := os.Stat(st.dir); errors.Is(err, fs.ErrNotExist) {
+		return notJoined("")
+	}
+	if err := st.checkModes(); err != nil && KindOf(err) == Permission {
 		return err
 	}
 	unlock, err := st.lock(ctx)
 	if err != nil {
-		return err
+		return st.usedByRelay(err)
 	}
 	defer unlock()
-	if err := st.mayLeave(r); err != nil {
+	return st.leave(ctx, cfg, leaving{r, func() {}})
+}
+
+// usedByRelay words for a relay, which has no socket, why its directory is not
+// free.
+func (s store) usedByRelay(err error) error {
+	var m membership
+	if ok, loadErr := s.load(meshFile, &m); !ok || loadErr != nil {
 		return err
 	}
-	return st.leave(ctx, cfg)
+	if cert, certErr := ownCert(&m); certErr != nil || cert.Role != trust.RoleRelay {
+		return err
+	}
+	return fail(KindOf(err), "stop the relay first, then run it again", "%v", err)
 }
 
-// mayLeave keeps the founder from deleting the mesh's root key unawares while
-// there are other members. State that is damaged decides nothing.
+// mayLeave keeps the founder from deleting the mesh's root key unawares.
 func (s store) mayLeave(r LeaveRequest) error {
-	var k keys
-	var c cache
-	_, _ = s.load(keysFile, &k)
-	_, _ = s.load(netmapFile, &c)
-	if r.ForgetRoot || len(k.Root) == 0 || len(c.Nodes) == 0 {
+	if r.ForgetRoot || !s.holdsRoot() {
 		return nil
 	}
-	return fail(Failure, "copy "+s.dir+" to a safe place first, then: overlay leave --forget-root",
-		"this machine holds the only root key of the mesh: without it nobody can ever be invited again")
+	return fail(Failure, "copy "+s.dir+" to a safe place first, then: "+s.leaveCommand()+" --forget-root",
+		"%s holds the only root key of a mesh: without it nobody can ever be invited again", filepath.Join(s.dir, keysFile))
 }
 
-func (s store) leave(ctx context.Context, cfg Config) error {
+// holdsRoot says whether the root key of a mesh would go with the keys. Who else
+// is in the mesh is not asked: what is known of that may be late or lost. A key
+// without a membership may have founded a mesh, a damaged file may be mended.
+func (s store) holdsRoot() bool {
+	var k keys
+	if _, err := s.load(keysFile, &k); err != nil {
+		b, err := os.ReadFile(filepath.Join(s.dir, keysFile))
+		return err != nil || bytes.Contains(b, []byte(`"root"`))
+	}
+	if len(k.Root) != ed25519.PrivateKeySize {
+		return len(k.Root) > 0
+	}
+	var m membership
+	joined, err := s.load(meshFile, &m)
+	if !joined || err != nil {
+		return true
+	}
+	genesis, err := trust.OpenGenesis(m.Genesis)
+	return err != nil || genesis.Root == publicOf(k.Root) // else it is of a mesh that never came to be
+}
+
+// leaveCommand is what a user types to leave with this state directory.
+func (s store) leaveCommand() string {
+	if s.dir == DefaultStateDir {
+		return "overlay leave"
+	}
+	return "overlay leave --state " + s.dir
+}
+
+// leaving is a request to leave, and what ends the use of the state directory
+// before it is emptied.
+type leaving struct {
+	LeaveRequest
+	end func()
+}
+
+// leave deletes the keys once the server knows that they are not used any more:
+// nobody else can tell it.
+func (s store) leave(ctx context.Context, cfg Config, l leaving) error {
+	if err := s.mayLeave(l.LeaveRequest); err != nil {
+		return err
+	}
 	var k keys
 	var m membership
-	hadKeys, keyErr := s.load(keysFile, &k)
+	drawn, keyErr := s.load(keysFile, &k)
 	joined, meshErr := s.load(meshFile, &m)
-	if !hadKeys && !joined && keyErr == nil && meshErr == nil {
-		return fail(Refused, "", "this machine has not joined a mesh")
-	}
 	told := errors.Join(keyErr, meshErr)
-	if told == nil && joined {
-		ctx, cancel := context.WithTimeout(ctx, leaveWait)
-		defer cancel()
-		told = revokeSelf(ctx, &k, &m, cfg)
+	if told == nil && !joined {
+		return s.forgetDrawn(drawn)
 	}
+	if told == nil {
+		told = s.tellServer(ctx, cfg, &k, &m)
+	}
+	switch {
+	case told != nil && ctx.Err() != nil:
+		return ctx.Err()
+	case told != nil && !l.Offline:
+		return s.notTold(told)
+	}
+	l.end()
 	if err := s.forget(); err != nil {
 		return fmt.Errorf("delete the keys: %w", err)
 	}
@@ -84,23 +155,41 @@ func (s store) leave(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-func revokeSelf(ctx context.Context, k *keys, m *membership, cfg Config) error {
-	cert, err := ownCert(m)
+// forgetDrawn deletes what was drawn for a join that did not come about.
+func (s store) forgetDrawn(drawn bool) error {
+	if !drawn {
+		return notJoined("")
+	}
+	if err := s.forget(); err != nil {
+		return fmt.Errorf("delete the keys: %w", err)
+	}
+	return notJoined("; the keys that it drew for that are deleted")
+}
+
+func notJoined(more string) error {
+	return fail(Refused, "", "this machine has not joined a mesh%s", more)
+}
+
+func (s store) notTold(err error) error {
+	kind, hint := KindOf(serverError(err, "the server")), "to leave all the same, and be listed there for ever: "+s.leaveCommand()+" --offline"
+	if kind == Unreachable {
+		hint = "run it again when the server is reached; " + hint
+	}
+	return fail(kind, hint, "the server was not told, so nothing is deleted: %s", troubleText(err))
+}
+
+// tellServer revokes this device.
+func (s store) tellServer(ctx context.Context, cfg Config, k *keys, m *membership) error {
+	doc, err := revocation(k, m)
 	if err != nil {
 		return err
-	}
-	doc, err := trust.SignRevocation(trust.Revocation{
-		Target: cert.Device, By: cert.Device, From: time.Now().UTC().Truncate(time.Second),
-	}, k.Device)
-	if err != nil {
-		return fmt.Errorf("sign the revocation: %w", err)
 	}
 	mesh, err := trust.NewMesh(m.TrustHash, m.Genesis, m.State)
 	if err != nil {
 		return fmt.Errorf("verify the mesh: %w", err)
 	}
 	var set settings
-	if _, err := (store{cfg.StateDir}).load(settingsFile, &set); err != nil {
+	if _, err := s.load(settingsFile, &set); err != nil {
 		cfg.Log.Warn("saved settings not used", "err", err)
 	}
 	proxy, err := parseProxy(set.Proxy)
@@ -114,7 +203,26 @@ func revokeSelf(ctx context.Context, k *keys, m *membership, cfg Config) error {
 		verify:  pinned(mesh),
 		log:     cfg.Log,
 	}
+	ctx, cancel := context.WithTimeout(ctx, leaveWait)
+	defer cancel()
 	return c.once(ctx, func(ctx context.Context, conn *coord.Conn) error {
 		return conn.Revoke(ctx, coord.RevokeRequest{Revocation: doc})
 	})
+}
+
+func revocation(k *keys, m *membership) (trust.Document, error) {
+	cert, err := ownCert(m)
+	if err != nil {
+		return nil, err
+	}
+	if len(k.Device) != ed25519.PrivateKeySize || publicOf(k.Device) != cert.Device {
+		return nil, errors.New("the key of this device is missing")
+	}
+	doc, err := trust.SignRevocation(trust.Revocation{
+		Target: cert.Device, By: cert.Device, From: time.Now().UTC().Truncate(time.Second),
+	}, k.Device)
+	if err != nil {
+		return nil, fmt.Errorf("sign the revocation: %w", err)
+	}
+	return doc, nil
 }

@@ -220,7 +220,7 @@ func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func
 		return err
 	}
 	if joined {
-		return sameMesh(&m, r)
+		return n.store.sameMesh(&m, r)
 	}
 	if r.Invite == "" {
 		return errNotJoined()
@@ -239,7 +239,7 @@ func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func
 	}
 	got, err := coord.Join(ctx, cfg, func(step, detail string) { progress(Progress{Step: step, Text: detail}) })
 	if err != nil {
-		return serverError(err, inv.Server)
+		return errors.Join(serverError(err, inv.Server), n.store.unfound(k, err))
 	}
 	m = membership(got)
 	if cert, err := ownCert(&m); err == nil && cert.Name != cfg.Name {
@@ -250,13 +250,13 @@ func (n *Node) join(ctx context.Context, r UpRequest, c *settings, progress func
 
 // sameMesh refuses an invite of another mesh; one of the same mesh is not
 // needed and not used.
-func sameMesh(m *membership, r UpRequest) error {
+func (s store) sameMesh(m *membership, r UpRequest) error {
 	cert, err := ownCert(m)
 	if err != nil {
 		return err
 	}
 	if r.Name != "" && r.Name != cert.Name {
-		return fail(Usage, "another name needs another invite: overlay leave, then join again with --name",
+		return fail(Usage, "another name needs another invite: "+s.leaveCommand()+", then join again with --name",
 			"this machine is %q in its mesh, not %q", cert.Name, r.Name)
 	}
 	if r.Invite == "" {
@@ -273,7 +273,7 @@ func sameMesh(m *membership, r UpRequest) error {
 	if inv.Kind == coord.InviteMember && inv.Hash == m.TrustHash || inv.Kind == coord.InviteOwner && inv.Hash == genesis.Pin {
 		return nil
 	}
-	return fail(Refused, "leave it first: overlay leave", "this machine is already a member of another mesh, as %q (%s)", cert.Name, cert.IP4)
+	return fail(Refused, "leave it first: "+s.leaveCommand(), "this machine is already a member of another mesh, as %q (%s)", cert.Name, cert.IP4)
 }
 
 func ownCert(m *membership) (trust.NodeCert, error) {
@@ -370,7 +370,7 @@ func (n *Node) openSession(c *settings) (*session, error) {
 		return nil, err
 	}
 	if cert.Device != publicOf(k.Device) || cert.WireGuard != trust.Key(k.WireGuard.PublicKey()) {
-		return nil, fail(Failure, "restore both from one backup, or give this identity up and join again: overlay leave",
+		return nil, fail(Failure, "restore both from one backup, or give this identity up and join again: "+n.store.leaveCommand(),
 			"the keys in %s are not those of the saved membership", n.store.dir)
 	}
 	c.begin(time.Now())

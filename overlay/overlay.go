@@ -131,10 +131,16 @@ type UpResult struct {
 	Invite string     `json:"invite,omitempty"`
 }
 
-// LeaveRequest asks to give the identity up. The founder of a mesh that has
-// other members must say that the mesh's root key may go with it.
+// LeaveRequest asks to give the identity up. The founder of a mesh must say that
+// the mesh's root key may go with it.
 type LeaveRequest struct {
 	ForgetRoot bool `json:"forgetRoot,omitempty"`
+	// Offline leaves also when the server cannot be told, which then lists this
+	// machine for ever.
+	Offline bool `json:"offline,omitempty"`
+	// State is the directory that is meant: a daemon that uses another one answers
+	// NotRunning. Empty: the daemon's.
+	State string `json:"state,omitempty"`
 }
 
 // Status is this node's view of the mesh.

@@ -177,7 +177,7 @@ func checkRelayMember(m *membership, c RelayConfig, invite string) error {
 	if cert.Role != trust.RoleRelay {
 		return fail(Refused, "use another --state DIR", "the state directory %s is that of the node %q, not of a relay", c.StateDir, cert.Name)
 	}
-	return sameMesh(m, UpRequest{Invite: invite, Name: c.Name})
+	return store{c.StateDir}.sameMesh(m, UpRequest{Invite: invite, Name: c.Name})
 }
 
 // relayError words for a relay what is worded for a node: whoever gives a

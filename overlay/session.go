@@ -82,7 +82,7 @@ type session struct {
 func newSession(st store, k *keys, c *settings, m *membership, cfg Config) (*session, error) {
 	r, err := newRoster(m, cfg.Log)
 	if err != nil {
-		return nil, fail(Failure, "restore it from a backup, or give this identity up and join again: overlay leave",
+		return nil, fail(Failure, "restore it from a backup, or give this identity up and join again: "+st.leaveCommand(),
 			"the saved membership in %s does not verify: %v", st.dir, err)
 	}
 	cert, _ := r.mesh.Device(r.self)

@@ -39,6 +39,8 @@ type keys struct {
 	Root      ed25519.PrivateKey `json:"root,omitempty"`
 	Signer    ed25519.PrivateKey `json:"signer,omitempty"`
 	Founding  *founding          `json:"founding,omitempty"`
+
+	fresh bool // Root, Signer and Founding were drawn by this process
 }
 
 // founding is what the owner's device drew before it spoke to the server, so
@@ -174,7 +176,7 @@ func (s store) load(name string, v any) (ok bool, err error) {
 		return false, fmt.Errorf("read %s: %w", path, err)
 	}
 	if err := json.Unmarshal(b, v); err != nil {
-		return false, fail(Failure, "restore it from a backup, or give this identity up and join again: overlay leave",
+		return false, fail(Failure, "restore it from a backup, or give this identity up and join again: "+s.leaveCommand(),
 			"state file %s is damaged%s", path, where(err))
 	}
 	return true, nil
@@ -263,7 +265,7 @@ func (s store) loadKeys() (*keys, error) {
 	}
 	if ok {
 		if len(k.Device) != ed25519.PrivateKeySize || k.WireGuard == (wgtypes.Key{}) {
-			return nil, fail(Failure, "restore it from a backup, or give this identity up and join again: overlay leave",
+			return nil, fail(Failure, "restore it from a backup, or give this identity up and join again: "+s.leaveCommand(),
 				"state file %s is damaged: a key is missing", filepath.Join(s.dir, keysFile))
 		}
 		return &k, nil
@@ -295,7 +297,19 @@ func (s store) found(k *keys, avoid []netip.Prefix) error {
 		return fmt.Errorf("draw the mesh id: %w", err)
 	}
 	f.ULA, f.Prefix4 = coord.DrawPrefixes(rand.Reader, avoid)
-	k.Founding = f
+	k.Founding, k.fresh = f, true
+	return s.save(keysFile, k)
+}
+
+// unfound drops what found drew a moment ago when err says for certain that it
+// founded nothing: else it would count as the root key of a mesh. Older ones stay.
+func (s store) unfound(k *keys, err error) error {
+	_, foreign := errors.AsType[*coord.PinError](err)
+	refused, ok := errors.AsType[*coord.Error](err)
+	if !k.fresh || !foreign && (!ok || refusal(refused.Code) != Refused) {
+		return nil
+	}
+	k.Root, k.Signer, k.Founding, k.fresh = nil, nil, nil, false
 	return s.save(keysFile, k)
 }
 

@@ -3,6 +3,7 @@ package server
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -37,11 +38,28 @@ func (r *registry) pickName(t *txn, a applicant, granted trust.InviteCap) (strin
 			t.depend(e)
 			return name, nil
 		}
-		if exact {
-			return "", r.nameTaken(t, name, holder.Device)
+		if !exact {
+			continue
 		}
+		taken := r.nameTaken(t, name, holder.Device)
+		if e, ok := errors.AsType[*coord.Error](taken); ok && granted.Name != "" {
+			return "", hinted(e, "this invite is for that name alone: ask for another invite")
+		}
+		return "", taken
 	}
 	return "", refuse(coord.CodeNameTaken, "%d devices are called %q already", maxSuffix, wish)
+}
+
+// nameFree refuses a name that an invite cannot give its device; empty is none.
+func (r *registry) nameFree(t *txn, name string) error {
+	if name == "" {
+		return nil
+	}
+	holder, taken := get[claim](t, keyName+name)
+	if !taken {
+		return t.err
+	}
+	return r.nameTaken(t, name, holder.Device)
 }
 
 func (r *registry) nameTaken(t *txn, name string, holder trust.Key) error {

@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -245,6 +246,7 @@ func TestJoinRefusals(t *testing.T) {
 	clock := now
 	s.registry.now = func() time.Time { return clock }
 	single := o.invite(t, nil)
+	forced := o.invite(t, func(c *trust.InviteCap) { c.NotAfter, c.Name = now.Add(24*time.Hour), "bob" })
 	o2 := newNode(t)
 	if err := o2.join(t, single, "bob"); err != nil {
 		t.Fatal(err)
@@ -256,7 +258,6 @@ func TestJoinRefusals(t *testing.T) {
 	short := o.invite(t, func(c *trust.InviteCap) { c.NotAfter = now.Add(time.Minute) })
 	clock = now.Add(3*time.Hour + time.Minute)
 	open := o.invite(t, func(c *trust.InviteCap) { c.NotAfter = now.Add(24 * time.Hour) })
-	forced := o.invite(t, func(c *trust.InviteCap) { c.NotAfter, c.Name = now.Add(24*time.Hour), "bob" })
 	for _, c := range []struct {
 		name string
 		a    applicant
@@ -281,13 +282,59 @@ func TestJoinRefusals(t *testing.T) {
 	if _, err := s.registry.reserve(t.Context(), refused); codeOf(err) != coord.CodeBadRequest || !strings.Contains(err.Error(), `for the name "bob", not for "eve"`) {
 		t.Error("forced name, another wish:", err)
 	}
+	_, err := s.registry.reserve(t.Context(), applicantOf(newNode(t), forced, "eve"))
+	wantHint(t, err, "this invite is for that name alone: ask for another invite")
 	exact := applicantOf(newNode(t), open, "bob")
 	exact.exact = true
-	_, err := s.registry.reserve(t.Context(), exact)
+	_, err = s.registry.reserve(t.Context(), exact)
 	wantCode(t, err, coord.CodeNameTaken)
+	wantHint(t, err, "use --name with another one")
 	if n, err := s.registry.nodes(t.Context(), public(o.device)); err != nil || len(n) != 2 {
 		t.Errorf("refused requests left %d nodes, %v", len(n), err)
 	}
+}
+
+func wantHint(t *testing.T, err error, want string) {
+	t.Helper()
+	if e, ok := errors.AsType[*coord.Error](err); !ok || e.Hint != want {
+		t.Errorf("got %#v, want the hint %q", err, want)
+	}
+}
+
+// An invite for a name that somebody has would admit nobody.
+func TestInviteForATakenName(t *testing.T) {
+	s := start(t, t.TempDir())
+	o := found(t, s)
+	bob := o.joined(t, "bob")
+	clock := time.Now()
+	s.registry.now = func() time.Time { return clock }
+	named := func(c *trust.InviteCap) { c.NotAfter, c.Name = clock.Add(time.Hour), "bob" }
+	ask := func() error {
+		_, doc := o.capability(t, o.signer, named)
+		return o.dial(t, o.server).Invite(t.Context(), coord.InviteRequest{Cap: doc})
+	}
+	err := ask()
+	wantCode(t, err, coord.CodeNameTaken)
+	wantHint(t, err, "use --name with another one")
+	if err := bob.dial(t, o.server).Revoke(t.Context(), bob.revocation(t, public(bob.device), bob.device)); err != nil {
+		t.Fatal(err)
+	}
+	if err = ask(); codeOf(err) != coord.CodeNameTaken || !strings.Contains(err.Error(), "left; free again on ") {
+		t.Errorf("of one who left: %v", err)
+	}
+	clock = clock.Add(quarantine + time.Minute)
+	if err := ask(); err != nil {
+		t.Errorf("a day later: %v", err)
+	}
+}
+
+// Who may not see the invites is told who may.
+func TestInvitesOfAnotherMachine(t *testing.T) {
+	s := start(t, t.TempDir())
+	o := found(t, s)
+	_, err := o.joined(t, "bob").dial(t, o.server).Invites(t.Context())
+	wantCode(t, err, coord.CodeNotSigner)
+	wantHint(t, err, "On anna run: overlay invites")
 }
 
 func TestWhoMayDoWhat(t *testing.T) {

@@ -191,6 +191,9 @@ func (r *registry) invite(ctx context.Context, device trust.Key, doc trust.Docum
 	if err != nil {
 		return refuse(coord.CodeBadRequest, "the invite is not acceptable: %v", err)
 	}
+	if err := r.sweep(ctx); err != nil { // a name may be free by now
+		return err
+	}
 	return update(ctx, r.store, func(t *txn) error {
 		by, err := memberOf(t, device)
 		if err != nil {
@@ -201,7 +204,7 @@ func (r *registry) invite(ctx context.Context, device trust.Key, doc trust.Docum
 			return err
 		}
 		if !isSigner(mesh, granted.Signer) || withdrawn(mesh, granted.Signer) {
-			return r.notSigner(t)
+			return r.notSigner(t, "invite", "invite")
 		}
 		now := r.now().UTC()
 		if !now.Before(granted.NotAfter) || now.Before(granted.NotBefore) {
@@ -215,6 +218,9 @@ func (r *registry) invite(ctx context.Context, device trust.Key, doc trust.Docum
 				return nil
 			}
 			return refuse(coord.CodeBadRequest, "another invite has this key already")
+		}
+		if err := r.nameFree(t, granted.Name); err != nil {
+			return err
 		}
 		t.put(key, inviteRecord{Cap: doc, CreatedBy: by.Name, Created: now})
 		return nil
@@ -232,8 +238,8 @@ func withdrawn(m *trust.Mesh, k trust.Key) bool {
 	})
 }
 
-// notSigner says who may invite instead.
-func (r *registry) notSigner(t *txn) error {
+// notSigner says who may do instead what this machine may not.
+func (r *registry) notSigner(t *txn, what, command string) error {
 	mesh, _ := peek[meshRecord](t, keyMesh)
 	owner, _ := peek[nodeRecord](t, keyNode+text(mesh.Owner))
 	if t.err != nil {
@@ -243,8 +249,8 @@ func (r *registry) notSigner(t *txn) error {
 	if r.online(mesh.Owner) {
 		state = "online"
 	}
-	return hinted(refuse(coord.CodeNotSigner, "this machine may not invite. Signers: %s (%s)", owner.Name, state),
-		"On %s run: overlay invite", owner.Name)
+	return hinted(refuse(coord.CodeNotSigner, "this machine may not %s. Signers: %s (%s)", what, owner.Name, state),
+		"On %s run: overlay %s", owner.Name, command)
 }
 
 // invites lists every invite for the device that holds the signer's key.
@@ -254,7 +260,7 @@ func (r *registry) invites(ctx context.Context, device trust.Key) ([]coord.Invit
 		return nil, err
 	}
 	if mesh, _ := peek[meshRecord](t, keyMesh); t.err == nil && mesh.Owner != device {
-		return nil, r.notSigner(t)
+		return nil, r.notSigner(t, "list the invites", "invites")
 	}
 	_, records := list[inviteRecord](t, keyInvite)
 	useKeys, uses := list[useRecord](t, keyUse)

@@ -144,6 +144,37 @@ func TestLostServerKey(t *testing.T) {
 	}
 }
 
+// A mesh whose owner left admits nobody any more; its server says so when it starts.
+func TestOwnerGone(t *testing.T) {
+	s := start(t, t.TempDir())
+	o := found(t, s)
+	said := func() string {
+		s.stop()
+		var out strings.Builder
+		again, err := Open(Config{
+			Listen: "127.0.0.1:0", STUN: "127.0.0.1:0", StateDir: s.dir, Log: slog.New(slog.NewTextHandler(&out, nil)),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Server, s.stop = again, func() { _ = again.Close() }
+		return out.String()
+	}
+	if got := said(); strings.Contains(got, "owner") {
+		t.Error(got)
+	}
+	s.stop()
+	s = start(t, s.dir)
+	o.server = s.Addr().String()
+	if err := o.dial(t, o.server).Revoke(t.Context(), o.revocation(t, public(o.device), o.device)); err != nil {
+		t.Fatal(err)
+	}
+	if got := said(); !strings.Contains(got, `the owner of this mesh, \"anna\", left it on 20`) || !strings.Contains(got, "--state with an empty DIR") {
+		t.Error(got)
+	}
+	s.stop()
+}
+
 func TestPublicAddress(t *testing.T) {
 	everywhere := &net.TCPAddr{IP: net.IPv6unspecified, Port: 8443}
 	for _, c := range []struct {

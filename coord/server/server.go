@@ -190,6 +190,7 @@ func (s *Server) assemble(c Config) error {
 func (s *Server) makeOwnerInvite(c Config, pin trust.Hash) error {
 	return update(context.Background(), s.store, func(t *txn) error {
 		if mesh, founded := get[meshRecord](t, keyMesh); founded || t.err != nil {
+			s.warnOwnerGone(t, mesh)
 			return s.warnFixed(c, mesh)
 		}
 		get[ownerRecord](t, keyOwner)
@@ -202,6 +203,16 @@ func (s *Server) makeOwnerInvite(c Config, pin trust.Hash) error {
 		s.ownerless = true
 		return nil
 	})
+}
+
+// warnOwnerGone says that nobody can invite any more, and what is left to do.
+func (s *Server) warnOwnerGone(t *txn, mesh meshRecord) {
+	owner, e := peek[nodeRecord](t, keyNode+text(mesh.Owner))
+	if t.err != nil || e.Revision == 0 || owner.Left.IsZero() {
+		return
+	}
+	s.log.Warn(fmt.Sprintf("the owner of this mesh, %q, left it on %s: its members go on, but no more can be invited",
+		owner.Name, owner.Left.UTC().Format(timeLayout)), "mend", "for a new mesh: --state with an empty DIR")
 }
 
 // warnFixed says which flags come too late: the owner signed the mesh's name,

@@ -12,8 +12,11 @@ import (
 	"overlay/tun"
 )
 
-// viaPeer is the way over a relay in a node.
-const viaPeer = "peer-relay"
+// viaPeer is the way over a relay in a node, viaTCP a connection to the peer.
+const (
+	viaPeer = "peer-relay"
+	viaTCP  = "tcp"
+)
 
 // status is this node's view; full is for root: keys and endpoints.
 func (s *session) status(full bool) (Status, error) {
@@ -107,8 +110,8 @@ func (s *session) route(path punch.Path, full bool) PathStatus {
 		return st
 	}
 	if far, ok := s.links.direct(path.Addr); ok {
-		st := PathStatus{Kind: "direct", Via: "tcp"}
-		if full {
+		st := PathStatus{Kind: "direct", Via: viaTCP}
+		if full && far.IsValid() {
 			st.Endpoint = far.String()
 		}
 		return st

@@ -75,7 +75,7 @@ func TestVerdictWithoutUDP(t *testing.T) {
 		{Netcheck{}, false, "the server is not reached"},
 		{Netcheck{Online: true}, false, "no server tells where to ask"},
 		{Netcheck{Asked: 3}, false, "neither the server nor anything over UDP"},
-		{Netcheck{Asked: 3, Online: true, UDP: udpBlocked}, false, "UDP is blocked: everything goes over relays by TLS"},
+		{Netcheck{Asked: 3, Online: true, UDP: udpBlocked}, false, "UDP is blocked: paths go over relays by TLS, or directly by TCP"},
 		{Netcheck{Asked: 3, Online: true, UDP: udpBlocked}, true, "UDP is blocked, here or at the server"},
 		{Netcheck{Asked: 3, Online: true, UDP: udpPasses, IPv6: FamilyLook{Answered: 3}, Answered: 3}, false, "only IPv6 passes"},
 		{Netcheck{Asked: 3, Online: true, UDP: udpPasses, IPv4: FamilyLook{Answered: 1}, Answered: 1}, false, "does not tell the kind of NAT"},

@@ -2,6 +2,9 @@ package overlay
 
 import "overlay/punch"
 
+// withoutUDP is how peers are reached where UDP does not pass.
+const withoutUDP = "paths go over relays by TLS, or directly by TCP where both NATs let it through"
+
 // conclude says in one sentence what the network is good for, and what would make
 // it better. mute: no server ever saw anybody of the mesh over UDP.
 func (n *Netcheck) conclude(mute bool) {
@@ -64,13 +67,13 @@ func (n *Netcheck) verdict(mute bool) string {
 	case n.Asked == 0 && !n.Online:
 		return "the server is not reached, so nothing could be asked"
 	case n.Asked == 0:
-		return "no server tells where to ask over UDP: everything goes over relays by TLS"
+		return "no server tells where to ask over UDP: " + withoutUDP
 	case n.UDP == "":
 		return "neither the server nor anything over UDP answers: it is down, or this machine has no network"
 	case n.UDP == udpBlocked && mute:
-		return "UDP is blocked, here or at the server: everything goes over relays by TLS"
+		return "UDP is blocked, here or at the server: " + withoutUDP
 	case n.UDP == udpBlocked:
-		return "UDP is blocked: everything goes over relays by TLS"
+		return "UDP is blocked: " + withoutUDP
 	}
 	return n.natVerdict() + n.behind()
 }

@@ -81,7 +81,8 @@ func (s *session) pathStatus(m *member, full bool) PathStatus {
 	return s.describe(m, path, full)
 }
 
-// describe puts a path to a peer into words, the zero one too; mu is held.
+// describe puts a path to a peer into words, the zero one too. What leads to a peer that
+// is gone is none. mu is held.
 func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 	st := s.route(path, full)
 	if st.Kind == "direct" {
@@ -93,7 +94,11 @@ func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 		}
 	}
 	e, _ := s.agent.Explain(punch.Key(m.cert.WireGuard))
-	st.Reason = s.hurdlesTo(m, e, st.Via != "" && alive(e)).reason()
+	reached := st.Via != "" && alive(m.node.Online, e, time.Now())
+	if !reached && !m.node.Online {
+		st = PathStatus{Kind: "none"}
+	}
+	st.Reason = s.hurdlesTo(m, e, reached).reason()
 	return st
 }
 

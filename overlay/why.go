@@ -203,7 +203,7 @@ func (s *session) why(name string, full bool) (Why, error) {
 	if e.Path.RTT > 0 {
 		w.RTTms = milliseconds(e.Path.RTT)
 	}
-	reached := w.Path.Via != "" && alive(e)
+	reached := w.Path.Via != "" && alive(m.node.Online, e, time.Now())
 	h := s.hurdlesTo(m, e, reached)
 	if !back.IsZero() && h.now.Sub(back) < udpOverdue && w.Here.UDP == udpPasses { // whatever servers say
 		w.There.UDP = udpPasses
@@ -222,10 +222,17 @@ func (s *session) why(name string, full bool) (Why, error) {
 	return w, nil
 }
 
+// lately is for how long a path over a relay counts as one that answers: longer than
+// the pause between two keepalives.
+const lately = 40 * time.Second
+
 // alive reports whether the path in use is one that answers, or did not have to yet.
-func alive(e punch.Explanation) bool {
+// Over a relay a peer that the server calls offline must have answered lately: a server
+// that was started anew knows nobody, but a relay does not tell of all who go.
+func alive(online bool, e punch.Explanation, now time.Time) bool {
 	return slices.ContainsFunc(e.Pairs, func(r punch.PairReport) bool {
-		return r.Selected && r.State != punch.PairSuspect && r.Obstacle != punch.NotAtRelay
+		heard := online || r.Type != punch.Relayed || now.Sub(r.LastAnswer) < lately || now.Sub(r.LastHeard) < lately
+		return r.Selected && heard && r.State != punch.PairSuspect && r.Obstacle != punch.NotAtRelay
 	})
 }
 

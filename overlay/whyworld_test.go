@@ -187,3 +187,52 @@ func TestWhyOverTCP(t *testing.T) {
 		}
 	})
 }
+
+// pathKind is what status shows of the path to bob.
+func (w *whyWorld) pathKind() string {
+	m := must[*member](w.t)(w.s.find("bob"))
+	e, _ := w.s.agent.Explain(w.key())
+	w.s.mu.Lock()
+	defer w.s.mu.Unlock()
+	return w.s.describe(m, e.Path, false).Kind
+}
+
+// A peer that the server calls offline is not shown at a relay, unless it answers there.
+func TestStatusOfAPeerThatWent(t *testing.T) {
+	inWhyWorld(t, func(w *whyWorld) {
+		w.up("server0", 10*ms)
+		w.links.onPeer(w.fake("server0").link, w.key(), true)
+		synctest.Wait()
+		at := handle(w.key(), 1)
+		w.s.agent.SetRelays(w.key(), []punch.Relay{{Addr: at, Here: true}})
+		synctest.Wait()
+		if got := w.pathKind(); got != "relay" {
+			t.Errorf("online: %q", got)
+		}
+		gone := w.bob.node
+		gone.Online = false
+		w.s.roster.apply(&coord.Netmap{Nodes: []coord.Node{gone}}, false)
+		if got := w.pathKind(); got != "none" {
+			t.Errorf("offline: %q", got)
+		}
+		if why, _ := w.explain(); why.Path.Kind != "none" || !strings.Contains(why.Verdict, "bob is not connected") {
+			t.Errorf("offline: %+v, %q", why.Path, why.Verdict)
+		}
+	})
+	now := time.Now()
+	for _, x := range []struct {
+		pair punch.PairReport
+		want bool
+	}{
+		{punch.PairReport{Type: punch.Relayed, LastHeard: now.Add(-30 * time.Second)}, true},
+		{punch.PairReport{Type: punch.Relayed, LastAnswer: now.Add(-50 * time.Second)}, false},
+		{punch.PairReport{Type: punch.Relayed, LastAnswer: now, State: punch.PairBarred, Obstacle: punch.NotAtRelay}, false},
+		{punch.PairReport{Type: punch.Host, State: punch.PairValid}, true},
+		{punch.PairReport{Type: punch.Host, State: punch.PairSuspect}, false},
+	} {
+		x.pair.Selected = true
+		if got := alive(false, punch.Explanation{Pairs: []punch.PairReport{x.pair}}, now); got != x.want {
+			t.Errorf("%+v: alive %v", x.pair, got)
+		}
+	}
+}

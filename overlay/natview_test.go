@@ -90,6 +90,28 @@ func TestVerdictWithoutUDP(t *testing.T) {
 	}
 }
 
+// TestVerdictAfterTheServerDied claims nothing that was not seen, while the relay in the
+// server still counts as one that is reached.
+func TestVerdictAfterTheServerDied(t *testing.T) {
+	server := netip.MustParseAddrPort("192.0.2.1:443")
+	for _, x := range []struct {
+		four look
+		n    Netcheck
+		udp  string
+		want string
+	}{
+		{look{asked: []netip.AddrPort{server}}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "udp"}}}, "", "nothing answers over UDP any more"},
+		{look{asked: []netip.AddrPort{server}}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "tls"}}}, udpBlocked, "UDP is blocked"},
+		{look{}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "udp"}}}, udpPasses, "no server tells where to ask"},
+	} {
+		x.n.take(x.four, look{}, nil)
+		x.n.conclude(false)
+		if x.n.UDP != x.udp || !strings.Contains(x.n.Verdict, x.want) {
+			t.Errorf("UDP %q, %q; want %q, %q", x.n.UDP, x.n.Verdict, x.udp, x.want)
+		}
+	}
+}
+
 // TestPeersNAT reads the peer's mapping from the addresses at which servers saw it.
 func TestPeersNAT(t *testing.T) {
 	at := func(list ...string) (all []netip.AddrPort) {

@@ -102,7 +102,7 @@ func TestVerdictAfterTheServerDied(t *testing.T) {
 	}{
 		{look{asked: []netip.AddrPort{server}}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "udp"}}}, "", "nothing answers over UDP any more"},
 		{look{asked: []netip.AddrPort{server}}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "tls"}}}, udpBlocked, "UDP is blocked"},
-		{look{}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "udp"}}}, udpPasses, "no server tells where to ask"},
+		{look{}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "udp"}}}, udpPasses, "a relay answers over UDP, but no server tells"},
 	} {
 		x.n.take(x.four, look{}, nil)
 		x.n.conclude(false)

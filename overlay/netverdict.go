@@ -66,6 +66,8 @@ func (n *Netcheck) verdict(mute bool) string {
 		return "the daemon is not running, and no server is known here to be asked"
 	case n.Asked == 0 && !n.Online:
 		return "the server is not reached, so nothing could be asked"
+	case n.Asked == 0 && n.UDP == udpPasses:
+		return "a relay answers over UDP, but no server tells how this network looks from outside"
 	case n.Asked == 0:
 		return "no server tells where to ask over UDP: " + withoutUDP
 	case n.lost:

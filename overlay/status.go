@@ -191,7 +191,7 @@ func (s *session) find(name string) (*member, error) {
 	for _, m := range s.roster.members {
 		if m.cert.Name == name || m.cert.IP4.String() == name || m.cert.IP6.String() == name {
 			if !m.peer() {
-				return nil, fail(Usage, "see: overlay status", "%q is a relay, not a machine to connect to", name)
+				return nil, NotAPeer(name)
 			}
 			return m, nil
 		}
@@ -203,6 +203,11 @@ func (s *session) find(name string) (*member, error) {
 // ThisMachine is the error for a peer that is the machine itself.
 func ThisMachine(name string) error {
 	return fail(Usage, "see: overlay status", "%q is this machine", name)
+}
+
+// NotAPeer is the error for a relay.
+func NotAPeer(name string) error {
+	return fail(Usage, "see: overlay status", "%q is a relay, not a machine to connect to", name)
 }
 
 // UnknownPeer is the error for a name that nobody has, with the nearest of the

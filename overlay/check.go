@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"cmp"
+	"strings"
 
 	"overlay/coord/trust"
 )
@@ -11,7 +12,7 @@ import (
 func (r UpRequest) Check() error {
 	if r.Server != "" {
 		if err := trust.ValidServer(r.Server); err != nil {
-			return fail(Usage, "for example: --server vpn.example.org:443", "--server %q is not HOST:PORT: %v", r.Server, err)
+			return fail(Usage, "for example: --server vpn.example.org:443", "--server %s", strings.TrimPrefix(err.Error(), "server "))
 		}
 	}
 	c := settings{

@@ -75,7 +75,7 @@ func TestVerdictWithoutUDP(t *testing.T) {
 		{Netcheck{}, false, "the server is not reached"},
 		{Netcheck{Online: true}, false, "no server tells where to ask"},
 		{Netcheck{Asked: 3}, false, "neither the server nor anything over UDP"},
-		{Netcheck{Asked: 3, Online: true, UDP: udpBlocked}, false, "UDP is blocked: everything goes over relays by TLS"},
+		{Netcheck{Asked: 3, Online: true, UDP: udpBlocked}, false, "UDP is blocked: paths go over relays by TLS, or directly by TCP"},
 		{Netcheck{Asked: 3, Online: true, UDP: udpBlocked}, true, "UDP is blocked, here or at the server"},
 		{Netcheck{Asked: 3, Online: true, UDP: udpPasses, IPv6: FamilyLook{Answered: 3}, Answered: 3}, false, "only IPv6 passes"},
 		{Netcheck{Asked: 3, Online: true, UDP: udpPasses, IPv4: FamilyLook{Answered: 1}, Answered: 1}, false, "does not tell the kind of NAT"},
@@ -86,6 +86,27 @@ func TestVerdictWithoutUDP(t *testing.T) {
 		}
 		if (x.n.UDP == udpBlocked) != (len(x.n.Help) > 0) {
 			t.Errorf("help %q", x.n.Help)
+		}
+	}
+}
+
+// TestVerdictAfterTheServerDied claims nothing that was not seen, while the relay in the
+// server still counts as one that is reached.
+func TestVerdictAfterTheServerDied(t *testing.T) {
+	for _, x := range []struct {
+		four look
+		n    Netcheck
+		udp  string
+		want string
+	}{
+		{look{asked: 1}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "udp"}}}, "", "nothing answers over UDP any more"},
+		{look{asked: 1}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "tls"}}}, udpBlocked, "UDP is blocked"},
+		{look{}, Netcheck{Online: true, Relays: []RelayStatus{{Transport: "udp"}}}, udpPasses, "a relay answers over UDP, but no server tells"},
+	} {
+		x.n.take(x.four, look{}, nil)
+		x.n.conclude(false)
+		if x.n.UDP != x.udp || !strings.Contains(x.n.Verdict, x.want) {
+			t.Errorf("UDP %q, %q; want %q, %q", x.n.UDP, x.n.Verdict, x.udp, x.want)
 		}
 	}
 }

@@ -66,6 +66,7 @@ type Netcheck struct {
 	full     bool           // with addresses
 	alone    bool           // no daemon runs
 	tcp      bool           // and the server is reached over TCP
+	lost     bool           // a relay answered over UDP a moment ago, and nothing does now
 }
 
 // Observed is what a server saw of the WireGuard port.
@@ -247,8 +248,10 @@ func (n *Netcheck) take(four, six look, local []netip.Prefix) {
 		return slices.ContainsFunc(n.Relays, func(r RelayStatus) bool { return r.Transport == transport })
 	}
 	switch {
-	case n.Answered > 0 || over("udp"):
+	case n.Answered > 0, n.Asked == 0 && over("udp"):
 		n.UDP = udpPasses
+	case over("udp"): // which nobody has noticed yet
+		n.lost = true
 	case n.Asked > 0 && (n.Online || n.tcp || over("tls")): // else nothing tells UDP from no network
 		n.UDP = udpBlocked
 	}

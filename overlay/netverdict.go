@@ -2,6 +2,9 @@ package overlay
 
 import "overlay/punch"
 
+// withoutUDP is how peers are reached where UDP does not pass.
+const withoutUDP = "paths go over relays by TLS, or directly by TCP where the NATs let it through"
+
 // conclude says in one sentence what the network is good for, and what would make
 // it better. mute: no server ever saw anybody of the mesh over UDP.
 func (n *Netcheck) conclude(mute bool) {
@@ -63,14 +66,18 @@ func (n *Netcheck) verdict(mute bool) string {
 		return "the daemon is not running, and no server is known here to be asked"
 	case n.Asked == 0 && !n.Online:
 		return "the server is not reached, so nothing could be asked"
+	case n.Asked == 0 && n.UDP == udpPasses:
+		return "a relay answers over UDP, but no server tells how this network looks from outside"
 	case n.Asked == 0:
-		return "no server tells where to ask over UDP: everything goes over relays by TLS"
+		return "no server tells where to ask over UDP: " + withoutUDP
+	case n.lost:
+		return "nothing answers over UDP any more: the server went down a moment ago, or UDP was cut; ask again in a few seconds"
 	case n.UDP == "":
 		return "neither the server nor anything over UDP answers: it is down, or this machine has no network"
 	case n.UDP == udpBlocked && mute:
-		return "UDP is blocked, here or at the server: everything goes over relays by TLS"
+		return "UDP is blocked, here or at the server: " + withoutUDP
 	case n.UDP == udpBlocked:
-		return "UDP is blocked: everything goes over relays by TLS"
+		return "UDP is blocked: " + withoutUDP
 	}
 	return n.natVerdict() + n.behind()
 }
@@ -85,7 +92,7 @@ func (n *Netcheck) natVerdict() string {
 	case endpointIndependent:
 		return "direct paths work with nearly all networks"
 	case "":
-		if n.IPv4.Answered == 0 {
+		if n.IPv4.Answered == 0 && n.IPv6.Answered > 0 {
 			return "only IPv6 passes: direct paths work with networks that have it"
 		}
 		return "UDP passes, but one answer does not tell the kind of NAT"

@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"time"
 
@@ -403,7 +402,7 @@ func (n *Node) runSession(s *session) error {
 // How long up waits for things that are good to know but not needed.
 const (
 	serverWait  = 3 * time.Second
-	networkWait = 400 * time.Millisecond
+	networkWait = udpSilence // the links are as old as the session
 	peersWait   = 400 * time.Millisecond
 )
 
@@ -425,8 +424,10 @@ func (s *session) settle(ctx context.Context, progress func(Progress)) (UpResult
 		progress(Progress{Step: "server", Warn: true, Text: fmt.Sprintf("%s is not reached; connected to %s", s.settings.Server, c)})
 	}
 	if online {
-		within(ctx, networkWait, s, func() bool { return s.outside.IsValid() || s.links.reach().noUDP() })
-		progress(Progress{Step: "network", Text: s.networkText()})
+		within(ctx, networkWait, s, func() bool { return s.outside.IsValid() || s.udp().state == udpBlocked })
+		if text := s.networkText(); text != "" {
+			progress(Progress{Step: "network", Text: text})
+		}
 	}
 	within(ctx, peersWait, s, func() bool { return s.waiting() == 0 })
 	progress(Progress{Step: "peers", Text: s.peersText()})
@@ -447,20 +448,6 @@ func reflexive(list []punch.Candidate, is4 bool) netip.AddrPort {
 		}
 	}
 	return netip.AddrPort{}
-}
-
-func (s *session) networkText() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch {
-	case !s.outside.IsValid() && s.links.reach().noUDP():
-		return "this network passes no UDP; going over TLS"
-	case !s.outside.IsValid():
-		return "no answer over UDP from the server yet"
-	case slices.ContainsFunc(s.local, func(p netip.Prefix) bool { return p.Addr() == s.outside.Addr() }):
-		return fmt.Sprintf("public address %s", s.outside)
-	}
-	return fmt.Sprintf("behind a NAT, seen as %s", s.outside)
 }
 
 // waiting counts the online peers without a path; mu is held.

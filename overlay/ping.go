@@ -39,7 +39,9 @@ func (s *session) ping(ctx context.Context, name string, full bool) (PingReply, 
 	}
 	path := s.answering(ctx, punch.Key(m.cert.WireGuard))
 	s.mu.Lock()
-	reply.Path = s.describe(m, path, full)
+	if reply.Path = s.describe(m, path, full); reply.OK && reply.Path.Kind == "none" {
+		reply.Path = s.route(path, full) // whatever the server says
+	}
 	s.mu.Unlock()
 	return reply, nil
 }

@@ -22,6 +22,7 @@ const (
 	stepCandidates = "candidates"
 	stepChecks     = "checks"
 	stepRounds     = "hard rounds"
+	stepTCP        = "tcp"
 	stepPath       = "path"
 )
 
@@ -29,9 +30,11 @@ const (
 // fields are zero.
 type hurdles struct {
 	peer    string // its name
-	online  bool
-	reached bool  // there is a path, by a relay
-	reach   reach // of this node to relays
+	online  bool   // as the server said last
+	server  bool   // which is connected
+	reached bool   // there is a path, by a relay
+	reach   reach  // of this node to relays
+	udp     string // here, as udpOf judges
 	attempt punch.Attempt
 	now     time.Time
 
@@ -57,10 +60,10 @@ func (h hurdles) diagnose() diagnosis {
 	looking := h.attempt.Calls == 0 || h.now.Sub(h.attempt.Since) < lookFor
 	switch {
 	case !h.online && !h.reached:
-		return diagnosis{stepPeer, h.peer + " is not connected", []string{
+		return diagnosis{stepPeer, h.absent(), []string{
 			fmt.Sprintf("switch %s on, and run there: sudo overlay up", h.peer),
 		}}
-	case h.reach.noUDP() && !h.attempt.Mapped:
+	case h.udp == udpBlocked && !h.attempt.Mapped:
 		return h.noUDP()
 	case h.reach.none() && !h.attempt.Mapped && !looking:
 		return diagnosis{stepServer, "nothing answers: no relay, and no server over UDP", []string{
@@ -72,7 +75,7 @@ func (h hurdles) diagnose() diagnosis {
 		return diagnosis{stepServer, "no relay is reached, and no direct path answers", []string{
 			"see whether the server runs: overlay status says what is wrong with it",
 		}}
-	case h.reach.noUDP():
+	case h.udp == udpBlocked:
 		return diagnosis{stepUDPHere, "no relay answers over UDP: this network may pass none now", letUDPOut("this network")}
 	case !h.attempt.Public || h.deaf:
 		return diagnosis{stepUDPThere, h.peer + "'s network passes no UDP", letUDPOut(h.peer + "'s network")}
@@ -84,10 +87,18 @@ func (h hurdles) diagnose() diagnosis {
 	return h.unanswered()
 }
 
+// absent says that a peer is not connected, as far as the server could tell.
+func (h hurdles) absent() string {
+	if !h.server {
+		return h.peer + " was not connected, as the server said last"
+	}
+	return h.peer + " is not connected"
+}
+
 func letUDPOut(network string) []string {
 	return []string{
 		"let UDP packets out of " + network + ", to any address and port, and their answers in",
-		"until then everything goes over a relay; one that is nearer makes it faster: overlay relay",
+		"until then paths go over relays, or over TCP where the NATs allow it; a nearer relay makes them faster: overlay relay",
 	}
 }
 

@@ -39,7 +39,10 @@ func TestReasons(t *testing.T) {
 		{hurdles{reach: udp, attempt: tried}, "bob is not connected"},                        // it was demanded
 		{hurdles{reach: udp, reached: true, attempt: tried}, "no answer on any direct path"}, // only the server lost it
 	} {
-		x.h.peer, x.h.now = "bob", now
+		x.h.peer, x.h.now, x.h.server = "bob", now, true
+		if x.h.reach.noUDP() {
+			x.h.udp = udpBlocked
+		}
 		if got := x.h.reason(); !strings.Contains(got, x.want) {
 			t.Errorf("%+v: %q, want %q", x.h, got, x.want)
 		}
@@ -76,6 +79,9 @@ func TestCausesOfSilence(t *testing.T) {
 		x.h.peer, x.h.now, x.h.online, x.h.port = "bob", now, true, 41641
 		if x.h.reach == (reach{}) {
 			x.h.reach, x.h.attempt = udp, tried
+		}
+		if x.h.reach.noUDP() {
+			x.h.udp = udpBlocked
 		}
 		if x.h.totals == (totals{}) {
 			x.h.totals = sent

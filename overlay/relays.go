@@ -113,6 +113,7 @@ type relayLink struct {
 	info   relayInfo
 	state  relay.State
 	began  time.Time // of the state's transport
+	mute   time.Time // since when it is not over UDP; of use while it is not
 	judged time.Time // when the home was last compared with it
 	stun   netip.AddrPort
 	here   map[punch.Key]bool
@@ -421,7 +422,7 @@ func (l *links) choose(ctx context.Context, g *errgroup.Group, now time.Time) {
 			l.ids[r] = uint16(len(l.ids) + 1)
 		}
 		l.opened++
-		fresh = append(fresh, &relayLink{id: l.ids[r], boot: l.opened, info: infos[r], began: now, here: map[punch.Key]bool{}})
+		fresh = append(fresh, &relayLink{id: l.ids[r], boot: l.opened, info: infos[r], began: now, mute: now, here: map[punch.Key]bool{}})
 	}
 	if len(gone) > 0 {
 		l.collectAddrs()

@@ -17,6 +17,9 @@ func (l *links) onState(k *relayLink, st relay.State) {
 	if st.Transport != old.Transport {
 		k.began = now
 	}
+	if old.Transport == relay.UDP && st.Transport != relay.UDP {
+		k.mute = now
+	}
 	if st.Transport == relay.UDP && st.Addr != k.stun {
 		k.stun = st.Addr
 		l.collectAddrs()

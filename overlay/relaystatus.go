@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 
 	"overlay/punch/relay"
 )
@@ -58,6 +59,8 @@ func (l *links) describe(handle netip.AddrPort) string {
 // reach sums up how relays are reached.
 type reach struct {
 	links, udp, tls int
+	// mute is since when none answers over UDP; of use while none does.
+	mute time.Time
 }
 
 // noUDP says that no relay answers over UDP, but one does over TLS.
@@ -72,6 +75,9 @@ func (l *links) reach() reach {
 	var r reach
 	for _, k := range l.open {
 		r.links++
+		if k.mute.After(r.mute) {
+			r.mute = k.mute
+		}
 		switch k.state.Transport {
 		case relay.UDP:
 			r.udp++

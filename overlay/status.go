@@ -12,8 +12,11 @@ import (
 	"overlay/tun"
 )
 
-// viaPeer is the way over a relay in a node.
-const viaPeer = "peer-relay"
+// viaPeer is the way over a relay in a node, viaTCP a connection to the peer.
+const (
+	viaPeer = "peer-relay"
+	viaTCP  = "tcp"
+)
 
 // status is this node's view; full is for root: keys and endpoints.
 func (s *session) status(full bool) (Status, error) {
@@ -78,7 +81,8 @@ func (s *session) pathStatus(m *member, full bool) PathStatus {
 	return s.describe(m, path, full)
 }
 
-// describe puts a path to a peer into words, the zero one too; mu is held.
+// describe puts a path to a peer into words, the zero one too. What leads to a peer that
+// is gone is none. mu is held.
 func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 	st := s.route(path, full)
 	if st.Kind == "direct" {
@@ -90,7 +94,11 @@ func (s *session) describe(m *member, path punch.Path, full bool) PathStatus {
 		}
 	}
 	e, _ := s.agent.Explain(punch.Key(m.cert.WireGuard))
-	st.Reason = s.hurdlesTo(m, e, st.Via != "" && alive(e)).reason()
+	reached := st.Via != "" && alive(m.node.Online, e, time.Now())
+	if !reached && !m.node.Online {
+		st = PathStatus{Kind: "none"}
+	}
+	st.Reason = s.hurdlesTo(m, e, reached).reason()
 	return st
 }
 
@@ -107,8 +115,8 @@ func (s *session) route(path punch.Path, full bool) PathStatus {
 		return st
 	}
 	if far, ok := s.links.direct(path.Addr); ok {
-		st := PathStatus{Kind: "direct", Via: "tcp"}
-		if full {
+		st := PathStatus{Kind: "direct", Via: viaTCP}
+		if full && far.IsValid() {
 			st.Endpoint = far.String()
 		}
 		return st
@@ -183,7 +191,7 @@ func (s *session) find(name string) (*member, error) {
 	for _, m := range s.roster.members {
 		if m.cert.Name == name || m.cert.IP4.String() == name || m.cert.IP6.String() == name {
 			if !m.peer() {
-				return nil, fail(Usage, "see: overlay status", "%q is a relay, not a machine to connect to", name)
+				return nil, NotAPeer(name)
 			}
 			return m, nil
 		}
@@ -195,6 +203,11 @@ func (s *session) find(name string) (*member, error) {
 // ThisMachine is the error for a peer that is the machine itself.
 func ThisMachine(name string) error {
 	return fail(Usage, "see: overlay status", "%q is this machine", name)
+}
+
+// NotAPeer is the error for a relay.
+func NotAPeer(name string) error {
+	return fail(Usage, "see: overlay status", "%q is a relay, not a machine to connect to", name)
 }
 
 // UnknownPeer is the error for a name that nobody has, with the nearest of the

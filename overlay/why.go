@@ -41,8 +41,11 @@ type Why struct {
 type Side struct {
 	// Told says that the side is known at all.
 	Told bool `json:"told"`
-	// UDP is passes, blocked, or empty: not known.
-	UDP    string   `json:"udp,omitempty"`
+	// UDP is passes, blocked, or empty: not known. UDPAnswer is when something answered
+	// over it last, on this side; null: never, or not known.
+	UDP       string     `json:"udp,omitempty"`
+	UDPAnswer *time.Time `json:"udpAnswer"`
+
 	IPv4   bool     `json:"ipv4"` // it has addresses of that family
 	IPv6   bool     `json:"ipv6"`
 	Public []string `json:"public,omitempty"` // as servers see it
@@ -65,7 +68,7 @@ type WhyPair struct {
 	Remote   string     `json:"remote,omitempty"`
 	Local    string     `json:"local,omitempty"`
 	Relay    string     `json:"relay,omitempty"` // its name
-	Kind     string     `json:"kind"`            // host, srflx, prflx, mapped or relay
+	Kind     string     `json:"kind"`            // host, srflx, prflx, mapped, tcp or relay
 	From     []string   `json:"from"`            // published, signalled, learnt, relay
 	State    string     `json:"state"`
 	Obstacle string     `json:"obstacle,omitempty"`
@@ -98,6 +101,7 @@ type totals struct {
 	answers, heard          int
 	tried                   int // pairs
 	first, last             time.Time
+	back                    time.Time // when something came over one last
 	err                     error
 }
 
@@ -131,6 +135,11 @@ func totalsOf(e punch.Explanation) totals {
 		if r.Last.After(t.last) {
 			t.last = r.Last
 		}
+		for _, at := range []time.Time{r.LastAnswer, r.LastHeard} {
+			if at.After(t.back) {
+				t.back = at
+			}
+		}
 	}
 	return t
 }
@@ -138,10 +147,11 @@ func totalsOf(e punch.Explanation) totals {
 // hurdlesTo is what stands between this node and a member; mu is held.
 func (s *session) hurdlesTo(m *member, e punch.Explanation, reached bool) hurdles {
 	h := hurdles{
-		peer: m.cert.Name, online: m.node.Online, reached: reached, reach: s.links.reach(),
+		peer: m.cert.Name, online: m.node.Online, server: s.online, reached: reached, reach: s.links.reach(),
 		attempt: e.Attempt, now: time.Now(), totals: totalsOf(e), mute: s.mute(),
-		here: s.ownSide(false).NAT,
 	}
+	here := s.ownSide(false, h.totals.back)
+	h.here, h.udp = here.NAT, here.UDP
 	there := peerSide(m, e, false)
 	h.there, h.deaf = there.NAT, there.UDP == udpBlocked
 	var ports []uint16
@@ -182,20 +192,21 @@ func (s *session) why(name string, full bool) (Why, error) {
 	e, _ := s.agent.Explain(k)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	back := totalsOf(e).back
 	w := Why{
 		Schema: 1, Name: m.cert.Name, IPv4: m.cert.IP4, IPv6: m.cert.IP6, Online: m.node.Online,
 		Path: s.describe(m, e.Path, full), Since: moment(e.Since), NextRound: moment(e.Retry),
 		Before: s.route(e.Before, full),
-		Here:   s.ownSide(full), There: peerSide(m, e, full),
+		Here:   s.ownSide(full, back), There: peerSide(m, e, full),
 		Relays: s.links.legs(k, m.record.Relays, full), Pairs: s.whyPairs(e, full), Rounds: whyRounds(e.Rounds), Help: []string{},
 	}
 	if e.Path.RTT > 0 {
 		w.RTTms = milliseconds(e.Path.RTT)
 	}
-	reached := w.Path.Via != "" && alive(e)
+	reached := w.Path.Via != "" && alive(m.node.Online, e, time.Now())
 	h := s.hurdlesTo(m, e, reached)
-	if h.totals.answers+h.totals.heard > 0 { // whatever servers say
-		w.Here.UDP, w.There.UDP = udpPasses, udpPasses
+	if !back.IsZero() && h.now.Sub(back) < udpOverdue && w.Here.UDP == udpPasses { // whatever servers say
+		w.There.UDP = udpPasses
 	}
 	if full {
 		h.port = w.Here.Port
@@ -207,40 +218,44 @@ func (s *session) why(name string, full bool) (Why, error) {
 		w.Failed, w.Help = d.step, d.help
 		w.Verdict = w.relayedText(reached) + ": " + d.reason
 	}
-	w.Steps = s.steps(h, e, w)
+	w.Steps = steps(h, e, w)
 	return w, nil
 }
 
+// lately is for how long a path over a relay counts as one that answers: longer than
+// the pause between two keepalives.
+const lately = 40 * time.Second
+
 // alive reports whether the path in use is one that answers, or did not have to yet.
-func alive(e punch.Explanation) bool {
+// Over a relay a peer that the server calls offline must have answered lately: a server
+// that was started anew knows nobody, but a relay does not tell of all who go.
+func alive(online bool, e punch.Explanation, now time.Time) bool {
 	return slices.ContainsFunc(e.Pairs, func(r punch.PairReport) bool {
-		return r.Selected && r.State != punch.PairSuspect && r.Obstacle != punch.NotAtRelay
+		heard := online || r.Type != punch.Relayed || now.Sub(r.LastAnswer) < lately || now.Sub(r.LastHeard) < lately
+		return r.Selected && heard && r.State != punch.PairSuspect && r.Obstacle != punch.NotAtRelay
 	})
 }
 
-// ownSide is this machine's network; mu is held.
-func (s *session) ownSide(full bool) Side {
+// ownSide is this machine's network; heard is when a peer was last heard over a direct
+// path. mu is held.
+func (s *session) ownSide(full bool, heard time.Time) Side {
 	n := s.agent.Network()
-	side := Side{Told: true, NAT: NATStatus{}}
+	udp := udpOf(n, s.links.reach(), heard, time.Now())
+	side := Side{Told: true, NAT: NATStatus{}, UDP: udp.state, UDPAnswer: moment(udp.last)}
 	own := hosts(n.Local)
 	for _, p := range n.Local {
 		side.IPv4 = side.IPv4 || p.Addr().Is4()
 		side.IPv6 = side.IPv6 || p.Addr().Is6() && globalIPv6(p.Addr())
 	}
-	asking, seen := false, []punch.Sample{}
+	seen := []punch.Sample{}
 	for _, r := range n.Servers {
-		asking = asking || r.Asking
 		if !r.Fresh || !r.Mapped.IsValid() {
 			continue
 		}
-		side.UDP = udpPasses
 		side.addPublic(r.Mapped, full)
 		if r.Mapped.Addr().Is4() {
 			seen = append(seen, punch.Sample{Local: n.Port, Server: r.Server, Mapped: r.Mapped, At: r.At})
 		}
-	}
-	if side.UDP == "" && !asking && s.links.reach().noUDP() {
-		side.UDP = udpBlocked
 	}
 	side.NAT = natStatus(seen, own)
 	if side.NAT.hard() && n.NAT.Allocation != 0 {
@@ -366,7 +381,12 @@ func (s *session) whyPairs(e punch.Explanation, full bool) []WhyPair {
 		if r.Err != nil {
 			p.Error = sendError(r.Err)
 		}
-		if r.Type == punch.Relayed {
+		if far, tcp := s.links.direct(r.Remote); tcp {
+			p.Kind, p.From = viaTCP, texts([]punch.Source{punch.Signalled})
+			if full && far.IsValid() {
+				p.Remote = far.String()
+			}
+		} else if r.Type == punch.Relayed {
 			p.Relay, _ = s.links.relayed(r.Remote, full)
 		} else if full {
 			p.Remote, p.Local = r.Remote.String(), localText(r.Local)

@@ -16,19 +16,30 @@ const (
 	stepFailed = "failed"
 )
 
-// steps goes through what has to work for a direct path, in order; mu is held.
-func (s *session) steps(h hurdles, e punch.Explanation, w Why) []WhyStep {
+// steps goes through what has to work for a direct path, in order. All comes from h,
+// e and w, so that no step says what another one denies.
+func steps(h hurdles, e punch.Explanation, w Why) []WhyStep {
+	candidates := WhyStep{stepCandidates, verdictOf(h.totals.direct > h.totals.barred, true), candidateText(h)}
 	list := []WhyStep{
-		{stepServer, verdictOf(s.online, true), s.serverText()},
-		{stepPeer, verdictOf(h.online || h.reached, true), peerText(h)},
-		{stepUDPHere, udpState(w.Here), udpText(w.Here)},
+		serverStep(h), peerStep(h),
+		{stepUDPHere, udpState(w.Here), hereText(w.Here, h.now)},
 		signalStep(h, e),
-		{stepUDPThere, udpState(w.There), udpText(w.There)},
-		{stepCandidates, verdictOf(h.totals.direct > h.totals.barred, true), candidateText(h)},
-		checkStep(h),
+		{stepUDPThere, udpState(w.There), thereText(w.There)},
+		candidates, checkStep(h),
+	}
+	tcp := w.Path.Kind == "direct" && w.Path.Via == viaTCP
+	if tcp { // what was tried over UDP is no hurdle any more
+		for i := range list {
+			if n := list[i].Name; n == stepCandidates || n == stepChecks {
+				list[i].State, list[i].Text = "", "over UDP: "+list[i].Text
+			}
+		}
 	}
 	if rounds, ok := roundStep(h, e.Rounds); ok {
 		list = append(list, rounds)
+	}
+	if tcp {
+		list = append(list, WhyStep{stepTCP, stepOK, "a connection to " + h.peer + " carries all"})
 	}
 	path := WhyStep{stepPath, verdictOf(w.Path.Kind == "direct", true), "none answers"}
 	if w.Path.Kind == "direct" {
@@ -56,33 +67,62 @@ func verdictOf(ok, known bool) string {
 	return stepFailed
 }
 
-func (s *session) serverText() string {
-	if s.online {
-		return "connected to the server"
+func serverStep(h hurdles) WhyStep {
+	switch {
+	case !h.server:
+		return WhyStep{stepServer, stepFailed, "not connected to the server"}
+	case h.reach.links > 0 && h.reach.none():
+		return WhyStep{stepServer, stepOK, "connected to the server, but no relay is reached"}
 	}
-	return "not connected to the server"
+	return WhyStep{stepServer, stepOK, "connected to the server"}
 }
 
-func peerText(h hurdles) string {
+// peerStep tells what the server says of the peer, or said before it was lost.
+func peerStep(h hurdles) WhyStep {
+	step := WhyStep{Name: stepPeer, State: verdictOf(h.online || h.reached, h.server || h.reached)}
 	switch {
+	case h.server && h.online:
+		step.Text = h.peer + " is connected to the server"
+	case h.server && h.reached:
+		step.Text = h.peer + " is not connected to the server, but is at a relay"
+	case h.server:
+		step.Text = h.peer + " is not connected to the server, nor seen at a relay"
 	case h.online:
-		return h.peer + " is connected to the server"
-	case h.reached:
-		return h.peer + " is not connected to the server, but is at a relay"
+		step.Text = h.peer + " was connected, as the server said last"
+	default:
+		step.Text = h.peer + " was not connected, as the server said last"
 	}
-	return h.peer + " is not connected to the server, nor seen at a relay"
+	if h.reached && !h.server {
+		step.Text += "; there is a path to it"
+	}
+	return step
 }
 
 func udpState(d Side) string { return verdictOf(d.UDP == udpPasses, d.Told && d.UDP != "") }
 
-func udpText(d Side) string {
+func hereText(d Side, now time.Time) string {
+	silent := silentFor(d.UDPAnswer, now)
+	switch {
+	case d.UDP == udpPasses:
+		return "servers or peers answer over UDP"
+	case d.UDP == udpBlocked && silent != "":
+		return "no server answers over UDP: " + silent
+	case d.UDP == udpBlocked:
+		return "no server answers over UDP"
+	case silent != "":
+		return "not known: " + silent
+	}
+	return "not known yet"
+}
+
+func thereText(d Side) string {
 	switch {
 	case !d.Told:
 		return "not told"
 	case d.UDP == udpPasses:
-		return "servers answer over UDP"
+		return "servers answer it over UDP, as it told last"
 	case d.UDP == udpBlocked:
-		return "no server answers over UDP"
+		return "no server answers it over UDP, as it told last"
 	}
 	return "not known yet"
 }
@@ -194,7 +234,7 @@ func kindText(via string) string {
 		return "at a port of its NAT that was predicted"
 	case "birthday":
 		return "at a port of its NAT that was found by trying many"
-	case "tcp":
+	case viaTCP:
 		return "over TCP, which passes where UDP does not"
 	}
 	return "by " + via

@@ -45,5 +45,10 @@ func findPeer(st overlay.Status, name string) (overlay.PeerStatus, error) {
 			return p, nil
 		}
 	}
+	for _, r := range st.Relays {
+		if r.Name == name && !r.Peer {
+			return overlay.PeerStatus{}, overlay.NotAPeer(name)
+		}
+	}
 	return overlay.PeerStatus{}, overlay.UnknownPeer(name, peerNames(st))
 }

@@ -17,6 +17,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"overlay/overlay"
 )
@@ -55,12 +56,12 @@ func run(ctx context.Context, args []string) int {
 	root.SetArgs(args)
 	root.SetOut(os.Stdout)
 	root.SetErr(os.Stderr)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(ctx)
 	switch {
 	case err == nil:
 		return 0
 	case !started:
-		err = usageError(err)
+		err = usageError(cmd, err)
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
 		err = &overlay.Error{Kind: overlay.Failure, Message: "interrupted"}
 	}
@@ -70,13 +71,29 @@ func run(ctx context.Context, args []string) int {
 
 // usageError words what cobra found wrong with the arguments as our own errors
 // are; its suggestions become the hint.
-func usageError(err error) error {
+func usageError(cmd *cobra.Command, err error) error {
+	if e, ok := errors.AsType[*overlay.Error](err); ok {
+		return e
+	}
 	message, rest, _ := strings.Cut(err.Error(), "\n")
-	e := &overlay.Error{Kind: overlay.Usage, Message: strings.TrimSuffix(message, ` for "overlay"`), Hint: "see: overlay --help"}
+	e := &overlay.Error{
+		Kind: overlay.Usage, Message: strings.TrimSuffix(message, ` for "overlay"`), Hint: "see: " + cmd.CommandPath() + " --help",
+	}
 	if _, names, ok := strings.Cut(rest, "Did you mean this?"); ok {
 		e.Hint = "did you mean: overlay " + strings.Join(strings.Fields(names), ", overlay ")
 	}
 	return e
+}
+
+// flagError words what cannot be read of a flag.
+func flagError(cmd *cobra.Command, err error) error {
+	if bad, ok := errors.AsType[*pflag.InvalidValueError](err); ok && bad.GetFlag().Value.Type() == "int" {
+		return failure(overlay.Usage, "see: "+cmd.CommandPath()+" --help", "--%s %q is not a number", bad.GetFlag().Name, bad.GetValue())
+	}
+	if cmd.Name() == "ssh" {
+		return failure(overlay.Usage, "flags of ssh go after NAME: overlay ssh NAME -p 2222", "%v", err)
+	}
+	return err
 }
 
 // printError writes the message and its hint.

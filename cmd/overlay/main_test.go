@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -182,7 +183,10 @@ func runAsNobody(ts *testscript.TestScript, neg bool, args []string) {
 func runVerb(ts *testscript.TestScript, neg bool, args []string) {
 	usage(ts, neg, len(args) < 3, "node NAME CODE VERB ARG...")
 	name, verb := args[0], args[2]
-	argv := []string{"overlay", verb, "--state", ts.MkAbs(name), "--socket", ts.MkAbs(name + ".sock")}
+	argv := []string{"overlay", verb, "--socket", ts.MkAbs(name + ".sock")}
+	if slices.Contains([]string{"up", "leave", "netcheck"}, verb) {
+		argv = append(argv, "--state", ts.MkAbs(name))
+	}
 	if verb == "up" {
 		argv = append(argv, "--interface", name)
 	}

@@ -20,7 +20,7 @@ func netcheckCommand() *cobra.Command {
 		Short: "look at this machine's network: UDP, NAT, relays",
 		Args:  cobra.NoArgs,
 	}
-	n := addNodeFlags(cmd)
+	n := addNodeFlags(cmd, "state")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.Flags().BoolVar(&q.Lifetime, "lifetime", false, "also measure how long UDP mappings live (up to 5 minutes)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

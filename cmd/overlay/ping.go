@@ -84,6 +84,8 @@ func pingText(r overlay.PingReply) string {
 	via := r.Path.Endpoint
 	if via == "" || r.Path.Kind == "relay" {
 		via = pathText(r.Path)
+	} else if r.Path.Via == "tcp" {
+		via += " (tcp)"
 	}
 	return clean(fmt.Sprintf("pong from %s (%s) via %s in %s", r.Name, r.IP, via, roundTrip(r.RTTms)))
 }

@@ -31,16 +31,28 @@ func rootCommand() *cobra.Command {
 		Long:          about,
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Version:       version(),
 	}
+	root.SetVersionTemplate("overlay {{.Version}}\n")
 	root.AddCommand(
 		coordCommand(), relayCommand(), upCommand(), downCommand(), leaveCommand(),
 		statusCommand(), pingCommand(), whyCommand(), netcheckCommand(), ipCommand(), sshCommand(),
 		inviteCommand(), invitesCommand(), nodesCommand(), versionCommand(),
 	)
+	root.SetFlagErrorFunc(flagError)
+	limitCompletion(root)
 	return root
 }
 
-// nodeFlags are the flags that every verb about the node takes.
+// limitCompletion has a shell that there is no completion for refused.
+func limitCompletion(root *cobra.Command) {
+	root.InitDefaultCompletionCmd()
+	if cmd, _, err := root.Find([]string{"completion"}); err == nil {
+		cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	}
+}
+
+// nodeFlags say which node a verb is about.
 type nodeFlags struct {
 	state      string
 	socket     string
@@ -48,20 +60,21 @@ type nodeFlags struct {
 	listenPort int
 }
 
-// addNodeFlags gives cmd the node flags. Those that change nothing for a verb
-// are accepted but not shown, so that one set of flags fits all verbs.
-func addNodeFlags(cmd *cobra.Command, shown ...string) *nodeFlags {
-	n := &nodeFlags{}
+// addNodeFlags gives cmd the flag for the socket and those of the others that it names:
+// a flag that would change nothing is refused.
+func addNodeFlags(cmd *cobra.Command, names ...string) *nodeFlags {
+	n := &nodeFlags{state: overlay.DefaultStateDir}
 	f := cmd.Flags()
-	f.StringVar(&n.state, "state", overlay.DefaultStateDir, "directory of keys and settings")
 	f.StringVar(&n.socket, "socket", overlay.DefaultSocket, "socket of the daemon")
-	f.StringVar(&n.iface, "interface", "", fmt.Sprintf("network interface (default %q)", overlay.DefaultInterface))
-	f.IntVar(&n.listenPort, "listen-port", 0, "UDP port (default a random one, drawn once)")
-	for _, name := range []string{"state", "socket", "interface", "listen-port"} {
-		f.Lookup(name).Hidden = true
-	}
-	for _, name := range append(shown, "socket") {
-		f.Lookup(name).Hidden = false
+	for _, name := range names {
+		switch name {
+		case "state":
+			f.StringVar(&n.state, name, overlay.DefaultStateDir, "directory of keys and settings")
+		case "interface":
+			f.StringVar(&n.iface, name, "", fmt.Sprintf("network interface (default %q)", overlay.DefaultInterface))
+		case "listen-port":
+			f.IntVar(&n.listenPort, name, 0, "UDP port (default a random one, drawn once)")
+		}
 	}
 	return n
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"strings"
@@ -29,10 +30,11 @@ the peer's name, and whatever stands after NAME goes to ssh as it is.`,
 		if err != nil {
 			return err
 		}
-		argv, err := sshArgs(st, args)
+		peer, argv, err := sshArgs(st, args)
 		if err != nil {
 			return err
 		}
+		tellAbsence(cmd.ErrOrStderr(), peer)
 		program, err := exec.LookPath(argv[0])
 		if err != nil {
 			return failure(overlay.Failure, "install an OpenSSH client", "there is no ssh on this machine")
@@ -45,22 +47,28 @@ the peer's name, and whatever stands after NAME goes to ssh as it is.`,
 	return cmd
 }
 
-// sshArgs is the command line of ssh for what the user asked.
-func sshArgs(st overlay.Status, args []string) ([]string, error) {
+// tellAbsence says why ssh may wait for long.
+func tellAbsence(w io.Writer, peer overlay.PeerStatus) {
+	if !peer.Online && peer.Path.Kind == "none" {
+		fmt.Fprintf(w, "%s is not connected; trying all the same\n", clean(peer.Name))
+	}
+}
+
+// sshArgs is the peer, and the command line of ssh, for what the user asked.
+func sshArgs(st overlay.Status, args []string) (peer overlay.PeerStatus, argv []string, err error) {
 	name, to := args[0], ""
 	if at := strings.LastIndexByte(name, '@'); at >= 0 {
 		to, name = name[:at+1], name[at+1:]
 	}
 	if strings.HasPrefix(to, "-") {
-		return nil, failure(overlay.Usage, "options of ssh go after NAME", "user %q begins with \"-\"", strings.TrimSuffix(to, "@"))
+		return peer, nil, failure(overlay.Usage, "options of ssh go after NAME", "user %q begins with \"-\"", strings.TrimSuffix(to, "@"))
 	}
 	if name == "" {
-		return nil, failure(overlay.Usage, "for example: overlay ssh root@laptop-b", "%q names no peer", args[0])
+		return peer, nil, failure(overlay.Usage, "for example: overlay ssh root@laptop-b", "%q names no peer", args[0])
 	}
-	p, err := findPeer(st, name)
-	if err != nil {
-		return nil, err
+	if peer, err = findPeer(st, name); err != nil {
+		return peer, nil, err
 	}
-	argv := []string{"ssh", "-o", "HostKeyAlias=" + p.Name, to + p.IPv4.String()}
-	return append(argv, args[1:]...), nil
+	argv = []string{"ssh", "-o", "HostKeyAlias=" + peer.Name, to + peer.IPv4.String()}
+	return peer, append(argv, args[1:]...), nil
 }

@@ -85,14 +85,43 @@ func TestSSHArgs(t *testing.T) {
 		{"fd00::2", "ssh -o HostKeyAlias=bob 100.64.0.2"},
 		{"bob -p 2222 uptime", "ssh -o HostKeyAlias=bob 100.64.0.2 -p 2222 uptime"},
 	} {
-		got, err := sshArgs(st, strings.Fields(tt.args))
+		_, got, err := sshArgs(st, strings.Fields(tt.args))
 		if err != nil || strings.Join(got, " ") != tt.want {
 			t.Errorf("%s: %q, %v, want %q", tt.args, got, err, tt.want)
 		}
 	}
 	for _, name := range []string{"-oProxyCommand=x@bob", "bpb", "-F", "@"} {
-		if got, err := sshArgs(st, []string{name}); overlay.KindOf(err) != overlay.Usage {
+		if _, got, err := sshArgs(st, []string{name}); overlay.KindOf(err) != overlay.Usage {
 			t.Errorf("%s: %q, %v, want a usage error", name, got, err)
+		}
+	}
+}
+
+// Before ssh waits for a machine that is off, it is said so.
+func TestSSHTellsOfAbsence(t *testing.T) {
+	for _, x := range []struct {
+		peer overlay.PeerStatus
+		want string
+	}{
+		{overlay.PeerStatus{Name: "bob", Path: overlay.PathStatus{Kind: "none"}}, "bob is not connected; trying all the same\n"},
+		{overlay.PeerStatus{Name: "bob", Path: overlay.PathStatus{Kind: "relay"}}, ""}, // only the server lost it
+		{overlay.PeerStatus{Name: "bob", Path: overlay.PathStatus{Kind: "none"}, Online: true}, ""},
+	} {
+		var b bytes.Buffer
+		if tellAbsence(&b, x.peer); b.String() != x.want {
+			t.Errorf("%+v: %q, want %q", x.peer, b.String(), x.want)
+		}
+	}
+}
+
+// A relay has addresses of the mesh, but is no machine to connect to.
+func TestRelayIsNoPeer(t *testing.T) {
+	st := overlay.Status{Relays: []overlay.RelayStatus{{Name: "berlin"}, {Name: "carl", Peer: true}}}
+	for name, want := range map[string]string{
+		"berlin": `"berlin" is a relay, not a machine to connect to`, "carl": `no node "carl"`,
+	} {
+		if _, err := findPeer(st, name); err == nil || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
 		}
 	}
 }

@@ -66,8 +66,8 @@ func showWhy(out io.Writer, w overlay.Why, now time.Time) error {
 // whyFacts are both sides' networks and the ways to relays.
 func whyFacts(w overlay.Why, now time.Time) [][2]string {
 	facts := [][2]string{{"path", whyPath(w, now)}}
-	facts = append(facts, sideFacts("here", w.Here)...)
-	facts = append(facts, sideFacts(w.Name, w.There)...)
+	facts = append(facts, sideFacts("here", w.Here, now)...)
+	facts = append(facts, sideFacts(w.Name, w.There, now)...)
 	for _, r := range w.Relays {
 		text := []string{cmp.Or(r.Transport, "down")}
 		if ms := roundTrip(r.RTTms); ms != "" {
@@ -108,13 +108,16 @@ func whyPath(w overlay.Why, now time.Time) string {
 }
 
 // sideFacts are two lines about a network.
-func sideFacts(name string, d overlay.Side) [][2]string {
+func sideFacts(name string, d overlay.Side, now time.Time) [][2]string {
 	if !d.Told {
 		return [][2]string{{name, "its network is not told"}}
 	}
-	udp := map[string]string{"passes": "UDP passes", "blocked": "UDP does not pass"}[d.UDP]
+	udp := cmp.Or(map[string]string{"passes": "UDP passes", "blocked": "UDP does not pass"}[d.UDP], "UDP not known")
+	if d.UDP != "passes" && d.UDPAnswer != nil {
+		udp += ", last answer " + since(*d.UDPAnswer, now)
+	}
 	facts := [][2]string{{name, strings.Join(d.Public, ", ")}}
-	for _, text := range []string{families(d.IPv4, d.IPv6), cmp.Or(udp, "UDP not known")} {
+	for _, text := range []string{families(d.IPv4, d.IPv6), udp} {
 		if text != "" && facts[0][1] != "" {
 			text = "; " + text
 		}

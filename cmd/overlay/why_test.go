@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -64,6 +65,32 @@ what would help
   - switch PCP, NAT-PMP or UPnP on, on either router
 `
 
+// TestWhyOldAnswer says when UDP answered last where it does not any more.
+func TestWhyOldAnswer(t *testing.T) {
+	now := time.Now()
+	at := now.Add(-40 * time.Second)
+	for udp, want := range map[string]string{
+		"": "UDP not known, last answer 40 s ago", "blocked": "UDP does not pass, last answer 40 s ago", "passes": "UDP passes",
+	} {
+		if got := sideFacts("here", overlay.Side{Told: true, UDP: udp, UDPAnswer: &at}, now)[0][1]; got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
+// TestPingNamesTCP says which direct path is a connection.
+func TestPingNamesTCP(t *testing.T) {
+	ms := 31.0
+	for via, want := range map[string]string{
+		"tcp": "pong from bob (100.90.0.2) via 198.51.100.2:5 (tcp) in 31 ms", "srflx": "pong from bob (100.90.0.2) via 198.51.100.2:5 in 31 ms",
+	} {
+		r := overlay.PingReply{Name: "bob", IP: netip.MustParseAddr("100.90.0.2"), OK: true, RTTms: &ms, Path: overlay.PathStatus{Kind: "direct", Endpoint: "198.51.100.2:5", Via: via}}
+		if got := pingText(r); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
 // wantPage compares what is printed line by line.
 func wantPage(t *testing.T, want string, show func(*strings.Builder) error) {
 	t.Helper()
@@ -113,7 +140,7 @@ func TestNetcheckPages(t *testing.T) {
 	n = overlay.Netcheck{
 		Name: "anna", Online: true, UDP: "blocked", Asked: 3, Observed: []overlay.Observed{{Port: 443}}, IPv4: overlay.FamilyLook{Own: true, Asked: 3},
 		Relays:  []overlay.RelayStatus{{Name: "server", Transport: "tls", RTTms: &rtt, Home: true, Trouble: "no answer\x1b"}},
-		Verdict: "UDP is blocked: everything goes over relays by TLS", Help: []string{"let UDP out"},
+		Verdict: "UDP is blocked: paths go over relays by TLS", Help: []string{"let UDP out"},
 	}
 	wantPage(t, blockedPage, func(out *strings.Builder) error { return showNetcheck(out, n) })
 	n.MappingTrouble = "find the router: no netlink"
@@ -147,7 +174,7 @@ RELAY         LINK  RTT    NOTE
 198.51.100.1  udp   40 ms  home
 `
 
-const blockedPage = `UDP is blocked: everything goes over relays by TLS
+const blockedPage = `UDP is blocked: paths go over relays by TLS
 
 server         connected
 proxy          none

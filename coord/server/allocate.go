@@ -98,7 +98,8 @@ func pickAddress(t *txn, prefix netip.Prefix) (netip.Addr, error) {
 			return addr, nil
 		}
 	}
-	return netip.Addr{}, refuse(coord.CodeNoAddress, "no address is free in %v", prefix)
+	return netip.Addr{}, hinted(refuse(coord.CodeNoAddress, "no address is free in %v", prefix),
+		"an address is free again a day after its machine left (overlay leave); for more machines found a mesh with a larger --prefix")
 }
 
 // broadcast is the last address of an IPv4 prefix.

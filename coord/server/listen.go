@@ -75,6 +75,18 @@ func splitPort(address string) (string, uint16, error) {
 	return host, uint16(n), nil
 }
 
+// checkListen refuses what is no address to listen on.
+func checkListen(address string) error {
+	_, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return errors.New("use [HOST]:PORT")
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return errors.New("the port is 0 to 65535")
+	}
+	return nil
+}
+
 // listenFreePair takes two free ports in a row.
 func (s *Server) listenFreePair(host string) error {
 	for range portTries {

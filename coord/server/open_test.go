@@ -59,7 +59,7 @@ func TestOpenErrors(t *testing.T) {
 			[]string{"cannot listen on " + udp.LocalAddr().String() + "/udp: " + me, "Try --stun :"},
 			syscall.EADDRINUSE,
 		},
-		"bad listen": {func(c *Config) { c.Listen = "nonsense" }, []string{"cannot listen on nonsense", "missing port"}, nil},
+		"bad listen": {func(c *Config) { c.Listen = "nonsense" }, []string{`--listen "nonsense": use [HOST]:PORT`}, nil},
 		"bad stun":   {func(c *Config) { c.STUN = "127.0.0.1:65535" }, []string{`--stun "127.0.0.1:65535"`}, nil},
 		"bad public": {func(c *Config) { c.Public = "a b" }, []string{`--public "a b"`}, nil},
 		"bad prefix": {func(c *Config) { c.Prefix = netip.MustParsePrefix("100.64.0.1/16") }, []string{"--prefix 100.64.0.1/16"}, nil},

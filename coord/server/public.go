@@ -17,12 +17,7 @@ import (
 // says, the address listened on, the machine's only public address, or the one
 // its default route leaves from.
 func publicAddress(public string, listen net.Addr, log *slog.Logger) (string, error) {
-	port := strconv.Itoa(int(listen.(*net.TCPAddr).AddrPort().Port()))
-	host := public
-	if h, p, err := net.SplitHostPort(public); err == nil {
-		host, port = h, p
-	}
-	host = strings.Trim(host, "[]")
+	host, port := splitPublic(public, strconv.Itoa(int(listen.(*net.TCPAddr).AddrPort().Port())))
 	if host == "" {
 		addr, err := ownAddress(listen)
 		if err != nil {
@@ -31,13 +26,32 @@ func publicAddress(public string, listen net.Addr, log *slog.Logger) (string, er
 		host = addr.String()
 	}
 	address := net.JoinHostPort(host, port)
-	if err := trust.ValidServer(address); err != nil {
-		return "", fmt.Errorf("--public %q: %w", public, err)
-	}
 	if a, err := netip.ParseAddr(host); err == nil && !punch.Routed(a) {
 		log.Warn(fmt.Sprintf("%v is a private address; invites will only work in this LAN", a), "mend", "--public HOST[:PORT]")
 	}
 	return address, nil
+}
+
+// splitPublic gives the host that the operator names, which may be none, and the port:
+// that one, or the other.
+func splitPublic(public, other string) (host, port string) {
+	host, port = public, other
+	if h, p, err := net.SplitHostPort(public); err == nil {
+		host, port = h, p
+	}
+	return strings.Trim(host, "[]"), port
+}
+
+// checkPublic refuses what no invite may name.
+func checkPublic(public string) error {
+	host, port := splitPublic(public, "443")
+	if host == "" {
+		host = "localhost" // it is found out later
+	}
+	if err := trust.ValidServer(net.JoinHostPort(host, port)); err != nil {
+		return fmt.Errorf("--public %q: %w", public, err)
+	}
+	return nil
 }
 
 func ownAddress(listen net.Addr) (netip.Addr, error) {

@@ -93,20 +93,34 @@ func Open(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	if err := trust.ValidName(c.Mesh); err != nil {
-		return nil, fmt.Errorf("--mesh: %w", err)
-	}
-	if err := checkPrefix(c.Prefix); err != nil {
+	if err := c.check(); err != nil {
 		return nil, err
-	}
-	if c.RelayRate < 0 || c.RelayRate > maxRelayRate {
-		return nil, fmt.Errorf("--relay-rate %d is not from 0 to %d", c.RelayRate, maxRelayRate)
 	}
 	s := &Server{log: c.Log, mesh: c.Mesh}
 	if err := s.open(c); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
+}
+
+// check refuses what cannot work before anything is made or opened.
+func (c Config) check() error {
+	if err := trust.ValidName(c.Mesh); err != nil {
+		return fmt.Errorf("--mesh: %w", err)
+	}
+	if err := checkPrefix(c.Prefix); err != nil {
+		return err
+	}
+	if c.RelayRate < 0 || c.RelayRate > maxRelayRate {
+		return fmt.Errorf("--relay-rate %d is not from 0 to %d", c.RelayRate, maxRelayRate)
+	}
+	if err := checkListen(c.Listen); err != nil {
+		return fmt.Errorf("--listen %q: %w", c.Listen, err)
+	}
+	if _, _, err := splitPort(c.STUN); err != nil {
+		return fmt.Errorf("--stun %q: %w", c.STUN, err)
+	}
+	return checkPublic(c.Public)
 }
 
 // checkPrefix refuses early what no State could hold.

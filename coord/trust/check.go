@@ -55,7 +55,10 @@ func (s State) check() error {
 // that no State draws the traffic to foreign hosts into the mesh.
 func ValidPrefix4(p netip.Prefix) error {
 	shared := netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 64}), 10) // RFC 6598
-	if !p.IsValid() || !p.Addr().Is4() || p != p.Masked() || p.Bits() < minPrefix4 || p.Bits() > maxPrefix4 {
+	if p.IsValid() && p.Addr().Is4() && p != p.Masked() {
+		return fmt.Errorf("prefix %v has bits set behind its length; the network is %v", p, p.Masked())
+	}
+	if !p.IsValid() || !p.Addr().Is4() || p.Bits() < minPrefix4 || p.Bits() > maxPrefix4 {
 		return fmt.Errorf("prefix %v is not an IPv4 network of /%d to /%d", p, minPrefix4, maxPrefix4)
 	}
 	private := p.Addr().IsPrivate() && lastAddr(p).IsPrivate()

@@ -114,7 +114,7 @@ func TestWhyNamesTheCause(t *testing.T) {
 			a, b := m.join(t, m.laptopAt(t, "a", Only443)), m.join(t, m.laptopAt(t, "b", Masquerade))
 			cause{verdict: "this network passes no UDP", step: "udp here", help: "let UDP packets out of this network"}.must(t, a, b)
 			cause{verdict: "a's network passes no UDP", step: "udp there", help: "let UDP packets out of a's network"}.must(t, b, a)
-			judged(t, a, "UDP is blocked: everything goes over relays by TLS", "blocked")
+			judged(t, a, "UDP is blocked: paths go over relays by TLS", "blocked")
 			judged(t, b, "direct paths work with nearly all networks", "passes")
 		}},
 		{"random ports on both sides", func(t *testing.T) {

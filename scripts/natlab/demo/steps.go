@@ -106,7 +106,7 @@ func checkInvite(text string) error {
 }
 
 func (d *demo) joinFirst(ctx context.Context) error {
-	d.screen.step("The second line: on the first laptop. Its last line is an invite for the next.")
+	d.screen.step("The second line: on the first laptop. It prints an invite for the next.")
 	out, err := d.overlay(ctx, d.a, "up", d.ownerInvite)
 	if err != nil {
 		return err

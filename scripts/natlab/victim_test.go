@@ -80,7 +80,7 @@ func (s *slander) repeat(t *testing.T, what func(n int) signalled) {
 	t.Helper()
 	keys := s.keys(t)
 	s.v.forget()
-	for n := 0; n < int(victimWait/victimCalls); n++ {
+	for n := range int(victimWait / victimCalls) {
 		for _, k := range keys {
 			s.i.tell(t, k, what(n))
 		}

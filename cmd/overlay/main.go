@@ -17,7 +17,6 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"overlay/overlay"
 )
@@ -85,10 +84,18 @@ func usageError(cmd *cobra.Command, err error) error {
 	return e
 }
 
+// badValue is the error for a flag's value, as cobra gives it.
+type badValue interface {
+	error
+	GetValue() string
+}
+
 // flagError words what cannot be read of a flag.
 func flagError(cmd *cobra.Command, err error) error {
-	if bad, ok := errors.AsType[*pflag.InvalidValueError](err); ok && bad.GetFlag().Value.Type() == "int" {
-		return failure(overlay.Usage, "see: "+cmd.CommandPath()+" --help", "--%s %q is not a number", bad.GetFlag().Name, bad.GetValue())
+	if bad, ok := errors.AsType[badValue](err); ok && strings.Contains(err.Error(), "strconv.ParseInt") {
+		_, name, _ := strings.Cut(err.Error(), `" for "`)
+		name, _, _ = strings.Cut(name, `" flag`)
+		return failure(overlay.Usage, "see: "+cmd.CommandPath()+" --help", "%s %q is not a number", name, bad.GetValue())
 	}
 	if cmd.Name() == "ssh" {
 		return failure(overlay.Usage, "flags of ssh go after NAME: overlay ssh NAME -p 2222", "%v", err)

@@ -71,7 +71,7 @@ func rooms() map[string]room {
 		},
 		"cmd/overlay": {
 			ours:    []string{"coord", "coord/server", "coord/store", "overlay", "punch/relay"},
-			foreign: []string{"github.com/spf13/cobra", "github.com/spf13/pflag", "github.com/okzk/sdnotify", x + "sync", x + "sys", x + "term"},
+			foreign: []string{"github.com/spf13/cobra", "github.com/okzk/sdnotify", x + "sync", x + "sys", x + "term"},
 		},
 	}
 }

@@ -51,7 +51,10 @@ func NetcheckAlone(ctx context.Context, dir string) (Netcheck, error) {
 		n.tcp = answersTCP(gctx, saved.server)
 		return n.examine(gctx, local, saved.servers(gctx))
 	})
-	if !n.MappingOff {
+	if saved.unread {
+		n.MappingTrouble = "only root can read whether it may be"
+	}
+	if !n.MappingOff && !saved.unread {
 		g.Go(func() error {
 			list, asking = askRouters(gctx)
 			return nil
@@ -91,7 +94,8 @@ func askRouters(ctx context.Context) ([]portmap.Report, error) {
 type saved struct {
 	name, server string           // host:port
 	addrs        []netip.AddrPort // of the relay in the server, where STUN is, too
-	mappingOff   bool             // or not known, because the settings cannot be read
+	mappingOff   bool
+	unread       bool // the settings cannot be read
 }
 
 // readSaved takes what can be read.
@@ -103,7 +107,7 @@ func readSaved(st store) saved {
 	for name, v := range map[string]any{meshFile: &m, netmapFile: &k} {
 		_, _ = st.load(name, v) // none, not for us, or damaged: all the same here
 	}
-	s := saved{name: savedName(&m, c.Name), server: c.Server, mappingOff: err != nil || c.PortMapping == portMappingOff}
+	s := saved{name: savedName(&m, c.Name), server: c.Server, mappingOff: c.PortMapping == portMappingOff, unread: err != nil}
 	if s.server == "" && len(m.Servers) > 0 {
 		s.server = m.Servers[0]
 	}

@@ -3,6 +3,8 @@ package overlay
 import (
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -26,7 +28,7 @@ func TestSaved(t *testing.T) {
 	save(meshFile, membership{Servers: []string{"127.0.0.1:8443"}})
 	got := readSaved(st)
 	want := []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:8443"), netip.MustParseAddrPort("127.0.0.1:3478"), netip.MustParseAddrPort("127.0.0.1:3479")}
-	if got.name != "anna" || !got.mappingOff || !slices.Equal(lookUp(t.Context(), got.server), want) {
+	if got.name != "anna" || !got.mappingOff || got.unread || !slices.Equal(lookUp(t.Context(), got.server), want) {
 		t.Errorf("%+v", got)
 	}
 	known := netip.MustParseAddrPort("198.51.100.1:3478")
@@ -35,6 +37,12 @@ func TestSaved(t *testing.T) {
 	}})
 	if list := readSaved(st).servers(t.Context()); len(list) != 1 || list[0].Addr != known {
 		t.Errorf("%+v", list)
+	}
+	if err := os.WriteFile(filepath.Join(st.dir, settingsFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := readSaved(st); got.mappingOff || !got.unread {
+		t.Errorf("of settings that cannot be read: %+v", got)
 	}
 	for _, bad := range []string{"", "127.0.0.1", "127.0.0.1:http"} {
 		if list := lookUp(t.Context(), bad); list != nil {

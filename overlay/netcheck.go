@@ -95,6 +95,9 @@ func (s *session) netcheck(ctx context.Context, q NetcheckRequest, full bool) (N
 	}
 	defer s.checking.Store(false)
 	n, servers := s.netcheckBase(full), s.stunServers()
+	if len(servers) == 0 { // not connected since the start
+		servers = readSaved(s.store).servers(ctx)
+	}
 	if err := n.examine(ctx, s.agent.Network().Local, servers); err != nil {
 		return n, err
 	}

@@ -99,7 +99,7 @@ func TestDirectVerdict(t *testing.T) {
 		{Type: punch.Relayed, State: punch.PairValid, RTT: 61 * time.Millisecond},
 		{Type: punch.Host, State: punch.PairSilent},
 	}}
-	if got := w.directText(e); got != "bob is reached directly, at its NAT's address, as a server saw it; it beats a relay in 61ms" {
+	if got := w.directText(e); got != "bob is reached directly, at its NAT's address, as a server saw it; it is preferred to a relay in 61.0 ms" {
 		t.Error(got)
 	}
 	if got := w.directText(punch.Explanation{Before: punch.Path{Type: punch.Relayed}}); !strings.HasSuffix(got, "; it took over from a relay") {

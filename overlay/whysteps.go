@@ -201,11 +201,11 @@ func (w *Why) directText(e punch.Explanation) string {
 		if r.Selected || r.State != punch.PairValid || r.RTT == 0 {
 			continue
 		}
-		slower = append(slower, fmt.Sprintf("%s in %s", otherKind(r.Type), r.RTT.Round(100*time.Microsecond)))
+		slower = append(slower, fmt.Sprintf("%s in %.1f ms", otherKind(r.Type), 1000*r.RTT.Seconds()))
 	}
 	switch {
 	case len(slower) > 0:
-		return text + "; it beats " + strings.Join(slower, ", ")
+		return text + "; it is preferred to " + strings.Join(slower, ", ")
 	case e.Before.Type == punch.Relayed:
 		return text + "; it took over from a relay"
 	}

@@ -148,7 +148,7 @@ func natFacts(n overlay.Netcheck) [][2]string {
 // routerFacts are what every router says about mapping a port.
 func routerFacts(n overlay.Netcheck) [][2]string {
 	if n.MappingOff {
-		return [][2]string{{"port mapping", "not asked: switched off, or for root to know"}}
+		return [][2]string{{"port mapping", "switched off; on again by: overlay up --port-mapping on"}}
 	}
 	if n.MappingTrouble != "" {
 		return [][2]string{{"port mapping", "not asked: " + n.MappingTrouble}}

@@ -163,13 +163,19 @@ func (h *relayHost) answer(b []byte, from, _ netip.AddrPort) []byte {
 		h.agent.Receive(b, from, netip.AddrPort{})
 		return nil
 	}
-	return punch.AnswerBinding(b, from, func(user []byte) (key, token []byte, ok bool) {
+	var name []byte
+	out := punch.AnswerBinding(b, from, func(user []byte) (key, token []byte, ok bool) {
 		if len(user) == 0 {
 			return nil, nil, false
 		}
+		name = user
 		key, _, ok = h.server.Session(user)
 		return key, nil, ok
 	})
+	if out != nil && !h.server.Spend(name) { // after the proof that it is the node
+		return nil
+	}
+	return out
 }
 
 var errNoFamily = errors.New("no socket of this address family")

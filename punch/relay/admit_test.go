@@ -43,6 +43,34 @@ func TestAdmission(t *testing.T) {
 	}
 }
 
+func TestAnswersAreFew(t *testing.T) {
+	w := newSite(t, ServerConfig{})
+	m, n := w.guest(1), w.guest(2)
+	w.join(m, place("192.0.2.1:1000"))
+	w.join(n, place("192.0.2.2:1000"))
+	spend := func(user []byte) (given int) {
+		for range 3 * answerBurst {
+			if w.s.Spend(user) {
+				given++
+			}
+		}
+		return given
+	}
+	if got := spend(m.session.id[:]); got != answerBurst {
+		t.Errorf("%d answers at once", got)
+	}
+	if got := spend(n.session.id[:]); got != answerBurst {
+		t.Errorf("%d answers to another node", got)
+	}
+	w.pass(2 * time.Second)
+	if got := spend(m.session.id[:]); got != 2*answersPerNode {
+		t.Errorf("%d answers after two seconds", got)
+	}
+	if spend(nil) != 0 || spend(make([]byte, len(sessionID{}))) != 0 {
+		t.Error("answers to nobody")
+	}
+}
+
 func TestVerifiedOnce(t *testing.T) {
 	w := newSite(t, ServerConfig{})
 	m, here := w.guest(1), place("192.0.2.1:1000")

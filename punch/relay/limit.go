@@ -24,6 +24,9 @@ const (
 	movesPerNode = 10 // challenges a second
 	moveBurst    = 20
 
+	answersPerNode = 50 // to Binding requests, a second
+	answerBurst    = 200
+
 	rateBurst    = 100 * time.Millisecond // of what a node may send
 	minRateBurst = 4 << 16                // bytes: some trains, however low the rate
 )

@@ -65,10 +65,10 @@ type Server struct {
 	now     func() time.Time
 	start   time.Time
 
-	flowRate, nodeRate, controlRate, challengeRate, moveRate, refusalRate rate
-	totalRate                                                             *rate // nil: no bound
-	total                                                                 meter
-	fair                                                                  atomic.Pointer[rate] // of totalRate, for each node with flows; nil: no bound, or never a flow
+	flowRate, nodeRate, controlRate, challengeRate, moveRate, refusalRate, answerRate rate
+	totalRate                                                                         *rate // nil: no bound
+	total                                                                             meter
+	fair                                                                              atomic.Pointer[rate] // of totalRate, for each node with flows; nil: no bound, or never a flow
 
 	cookies    cookies
 	challenges *buckets
@@ -109,6 +109,7 @@ func newServer(cfg ServerConfig, now func() time.Time) (*Server, error) {
 		challengeRate: newLimit(challengesTotal, challengeTotalBurst),
 		moveRate:      newLimit(movesPerNode, moveBurst),
 		refusalRate:   newLimit(refusalsTold, refusalsTold),
+		answerRate:    newLimit(answersPerNode, answerBurst),
 		cookies:       newCookies(),
 		challenges:    newBuckets(challengesPerSource, challengeBurst),
 		admissions:    newBuckets(admissionsPerSource, admissionBurst),
@@ -180,6 +181,17 @@ func (s *Server) Session(user []byte) (key []byte, device [32]byte, ok bool) {
 		return nil, device, false
 	}
 	return slices.Clone(n.session.mac[:]), n.device, true
+}
+
+// Spend counts an answer to a Binding request of the node with a session, which is
+// to be one with the right MAC. It says false when the node got enough of them: it
+// could name a stranger's address.
+func (s *Server) Spend(user []byte) bool {
+	if len(user) != len(sessionID{}) {
+		return false
+	}
+	n := s.bySession(sessionID(user))
+	return n != nil && n.told.take(&s.answerRate, s.clock(), 1)
 }
 
 // Stats is what a server holds and did since it was made.

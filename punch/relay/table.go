@@ -35,6 +35,7 @@ type node struct {
 	fair   meter                              // of them, within its share of all
 	asked  meter                              // control messages
 	moves  meter                              // challenges of its own
+	told   meter                              // answers to Binding requests
 
 	// Guarded by Server.mu.
 	device [32]byte

@@ -2,6 +2,7 @@ package tun
 
 import (
 	"bytes"
+	"errors"
 	"net/netip"
 	"slices"
 	"testing"
@@ -230,10 +231,14 @@ func (h *half) drain(t *testing.T, s *socket) (n uint32) {
 	t.Helper()
 	for {
 		var ready int
+		var failed error
 		if err := s.raw.Control(func(fd uintptr) {
-			ready, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 50)
+			ready, failed = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 50)
 		}); err != nil {
 			t.Fatal(err)
+		}
+		if errors.Is(failed, unix.EINTR) { // the runtime signals its threads
+			continue
 		}
 		if ready == 0 {
 			return n

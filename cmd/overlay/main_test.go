@@ -14,6 +14,8 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"go.uber.org/goleak"
+
+	"overlay/overlay"
 )
 
 func TestMain(m *testing.M) {
@@ -60,7 +62,10 @@ func TestNode(t *testing.T) {
 	const inside = "OVERLAY_TEST_INSIDE"
 	if os.Getenv(inside) != "" {
 		prepareHost(t)
-		testscript.Run(t, scripts("testdata/node"))
+		p := scripts("testdata/node")
+		setup := p.Setup
+		p.Setup = func(e *testscript.Env) error { return errors.Join(emptyHost(), setup(e)) }
+		testscript.Run(t, p)
 		return
 	}
 	if _, err := os.Stat("/dev/net/tun"); err != nil || os.Geteuid() != 0 {
@@ -107,6 +112,15 @@ func prepareHost(t *testing.T) {
 			t.Fatalf("ip %v: %v: %s", args, err, out)
 		}
 	}
+}
+
+// emptyHost removes what an earlier script left at the usual places.
+func emptyHost() error {
+	var errs []error
+	for _, dir := range []string{"/run/systemd", overlay.DefaultStateDir, filepath.Dir(overlay.DefaultSocket)} {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	return errors.Join(errs...)
 }
 
 func scripts(dir string) testscript.Params {

@@ -160,7 +160,8 @@ func (c *peerCell) switchOn(t *testing.T, all *figures, ping *pinger) {
 	after := trip(t, sentBetween(echoes, on+took+time.Second, until))
 	moved := sentBetween(echoes, on+first-changeTime, until)
 	t.Logf("%v by the server, %v by the peer after %v and %v, %d of %d lost", before, after, first, took, lost(moved), len(moved))
-	if before < serverTrip || after >= before/2 || lostShare(t, moved) > 0 {
+	// The short form runs on busy machines, where the lab itself may lose one.
+	if before < serverTrip || after >= before/2 || lost(moved) > runs(1, 0) || len(moved) == 0 {
 		t.Error("that is too many, or too slow")
 	}
 	all.add("public third", whatMoved, took)

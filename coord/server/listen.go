@@ -41,7 +41,7 @@ func (s *Server) listen(c Config) error {
 		return explain(err, "--listen", c.Listen, "tcp")
 	}
 	host, _, _ := net.SplitHostPort(c.Listen)
-	stunHost, stunPort, err := splitPort(c.STUN)
+	stunHost, stunPort, err := splitPort(c.STUN, true)
 	if err != nil {
 		return fmt.Errorf("--stun %q: %w", c.STUN, err)
 	}
@@ -63,28 +63,21 @@ func (s *Server) listen(c Config) error {
 	return nil
 }
 
-func splitPort(address string) (string, uint16, error) {
+// splitPort takes an address to listen on apart; pair: also on the port behind it.
+func splitPort(address string, pair bool) (string, uint16, error) {
+	last, why := uint64(65535), ""
+	if pair {
+		last, why = 65534, ": the next one is used too"
+	}
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
 		return "", 0, errors.New("use [HOST]:PORT")
 	}
 	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil || n == 65535 {
-		return "", 0, errors.New("the port is 0 to 65534: the next one is used too")
+	if err != nil || n > last {
+		return "", 0, fmt.Errorf("the port is 0 to %d%s", last, why)
 	}
 	return host, uint16(n), nil
-}
-
-// checkListen refuses what is no address to listen on.
-func checkListen(address string) error {
-	_, port, err := net.SplitHostPort(address)
-	if err != nil {
-		return errors.New("use [HOST]:PORT")
-	}
-	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return errors.New("the port is 0 to 65535")
-	}
-	return nil
 }
 
 // listenFreePair takes two free ports in a row.

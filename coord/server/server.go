@@ -114,10 +114,10 @@ func (c Config) check() error {
 	if c.RelayRate < 0 || c.RelayRate > maxRelayRate {
 		return fmt.Errorf("--relay-rate %d is not from 0 to %d", c.RelayRate, maxRelayRate)
 	}
-	if err := checkListen(c.Listen); err != nil {
+	if _, _, err := splitPort(c.Listen, false); err != nil {
 		return fmt.Errorf("--listen %q: %w", c.Listen, err)
 	}
-	if _, _, err := splitPort(c.STUN); err != nil {
+	if _, _, err := splitPort(c.STUN, true); err != nil {
 		return fmt.Errorf("--stun %q: %w", c.STUN, err)
 	}
 	return checkPublic(c.Public)

@@ -52,7 +52,7 @@ func NetcheckAlone(ctx context.Context, dir string) (Netcheck, error) {
 		return n.examine(gctx, local, saved.servers(gctx))
 	})
 	if saved.unread {
-		n.MappingTrouble = "only root can read whether it may be"
+		n.MappingTrouble = "the settings, which may forbid it, cannot be read"
 	}
 	if !n.MappingOff && !saved.unread {
 		g.Go(func() error {
